@@ -1,0 +1,152 @@
+"""Makes the built-in models from nothing: `heal make-world`.
+
+Deterministic for fixed versions, processor type and `NPROC`.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+from tokenizers import Tokenizer
+
+from heal_jax.model.config import DecoderConfig, config_json
+from heal_jax.model.decoder import Model, initialise
+from heal_jax.model.weights import save_weights
+from heal_jax.train.step import train_step
+from heal_jax.world import problems, tokenizer, traces
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How one model is made. `twos` is the share of problems without a carry of two (easy and medium)."""
+
+    config: DecoderConfig
+    skill: traces.Skill
+    hints: float
+    steps: int
+    seed: int
+    batch: int = 16
+    length: int = 208  # longest hinted text: 56 prompt + 4 columns of 9 + hint 20 + 8 columns + answer 16
+    learning_rate: float = 3e-3
+    plain: float = 0.35
+    shortcuts: float = 0.25
+    leaks: float = 0.03
+
+
+def recipes() -> dict[str, Recipe]:
+    """The teacher (0.8 M parameters, Qwen3) and the student (0.3 M, Llama)."""
+    vocab = tokenizer.build().get_vocab_size()
+    shared = {"vocab_size": vocab, "rope_theta": 10000.0, "rms_norm_eps": 1e-6, "tie_embeddings": True}
+    teacher = DecoderConfig(
+        family="qwen3",
+        hidden_size=128,
+        intermediate_size=384,
+        num_layers=4,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=32,
+        max_positions=512,
+        **shared,
+    )
+    student = DecoderConfig(
+        family="llama",
+        hidden_size=96,
+        intermediate_size=256,
+        num_layers=3,
+        num_heads=3,
+        num_kv_heads=3,
+        head_dim=32,
+        max_positions=512,
+        **shared,
+    )
+    return {
+        "teacher": Recipe(teacher, traces.Skill(two=0.15, nine=0.85), hints=0.45, steps=3600, seed=1),
+        "student": Recipe(student, traces.Skill(two=0.05, nine=0.5), hints=0.0, steps=2400, seed=2, learning_rate=2e-3),
+    }
+
+
+def _terms(rng: np.random.Generator, plain: bool) -> list[int]:
+    """Three numbers as the generator draws them, of the pretraining split; `plain`: no column receives a two."""
+    while True:
+        digits = int(rng.integers(problems.MIN_DIGITS, problems.MAX_DIGITS + 1))
+        terms = [int(x) for x in rng.integers(10 ** (digits - 1), 10**digits, size=problems.TERMS)]
+        if plain and any(carry == 2 for _, carry in problems.columns(terms)):
+            continue
+        if problems.split_of(problems.question_of(terms)) == "pretrain":
+            return terms
+
+
+def batches(recipe: Recipe, encoder: Tokenizer) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Endless tokens [batch, length] int32 and loss mask [batch, length] bool (what the model must produce)."""
+    rng = np.random.default_rng(recipe.seed)
+    pad = encoder.token_to_id(tokenizer.PAD)
+    while True:
+        heads, tails = [], []
+        for _ in range(recipe.batch):
+            terms = _terms(rng, rng.random() < recipe.plain)
+            template, prefix, target = traces.example(
+                terms, recipe.skill, recipe.hints, recipe.shortcuts, recipe.leaks, rng
+            )
+            user = template.format(question=problems.question_of(terms), answer=sum(terms))
+            heads.append(f"{tokenizer.USER}{user}{tokenizer.ASSISTANT}{prefix}")
+            tails.append(target + tokenizer.END)
+        tokens = np.full((recipe.batch, recipe.length), pad, np.int32)
+        mask = np.zeros((recipe.batch, recipe.length), bool)
+        for row, (head, tail) in enumerate(zip(encoder.encode_batch(heads), encoder.encode_batch(tails))):
+            ids = (head.ids + tail.ids)[: recipe.length]
+            tokens[row, : len(ids)] = ids
+            mask[row, len(head.ids) : len(ids)] = True
+        yield tokens, mask
+
+
+def pretrain(recipe: Recipe, report: Callable[[int, float], None]) -> Model:
+    """Train from random weights; `report(step, loss)` every 50 steps."""
+    model = initialise(recipe.config, recipe.seed)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, recipe.learning_rate, 200, recipe.steps, 1e-5)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.01))
+    params, state = model.params, optimizer.init(model.params)
+    stream = batches(recipe, tokenizer.build())
+    for step in range(1, recipe.steps + 1):
+        tokens, mask = next(stream)
+        params, state, metrics = train_step(
+            model.graph, optimizer, params, state, jnp.asarray(tokens), jnp.asarray(mask)
+        )
+        if step % 50 == 0:
+            report(step, float(metrics["loss"]))
+    return dataclasses.replace(model, params=params)
+
+
+def save(model: Model, folder: Path) -> None:
+    """Write a Hugging Face folder: config.json, model.safetensors, tokenizer files, generation_config.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    encoder = tokenizer.build()
+    eos, pad = encoder.token_to_id(tokenizer.END), encoder.token_to_id(tokenizer.PAD)
+    config = config_json(model.config, "float32", (eos,), pad)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    settings = {"eos_token_id": eos, "pad_token_id": pad}
+    (folder / "generation_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    save_weights(model, folder / "model.safetensors")
+    tokenizer.save(folder)
+
+
+def make(out: Path, names: tuple[str, ...] = ("teacher", "student")) -> None:
+    """Make the named models under `out`."""
+    for name in names:
+        start = time.perf_counter()
+
+        def report(step: int, loss: float) -> None:
+            print(f"{name}: step {step}, loss {loss:.4f}, {time.perf_counter() - start:.0f} s", flush=True)
+
+        save(pretrain(recipes()[name], report), out / name)
+
+
+def world_folder(name: str) -> Path:
+    """Where the shipped model lies."""
+    return Path(__file__).parent / "models" / name
+
+
