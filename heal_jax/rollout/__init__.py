@@ -1,0 +1,1 @@
+"""Decoding with entropies: sampling rules, the loop, steps on token ids, teacher-forced scores."""

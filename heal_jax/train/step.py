@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax import Array
+from jax.sharding import Sharding
 
 
 def token_losses(graph: nnx.GraphDef, params: nnx.State, tokens: Array) -> Array:
@@ -20,13 +21,21 @@ def token_losses(graph: nnx.GraphDef, params: nnx.State, tokens: Array) -> Array
     return jnp.pad(losses, ((0, 0), (1, 0)))
 
 
-def loss_fn(params: nnx.State, graph: nnx.GraphDef, tokens: Array, loss_mask: Array) -> Array:
-    """Mean loss over the tokens whose mask [B, T] bool is set: a scalar."""
+def loss_fn(
+    params: nnx.State, graph: nnx.GraphDef, tokens: Array, loss_mask: Array, dtype: jnp.dtype | None = None
+) -> Array:
+    """Mean loss over the tokens whose mask [B, T] bool is set: a scalar. Weights are cast to `dtype` if given."""
+    if dtype is not None:
+        params = jax.tree.map(lambda x: x.astype(dtype), params)
     losses = token_losses(graph, params, tokens)
     return jnp.sum(losses * loss_mask) / jnp.maximum(jnp.sum(loss_mask), 1)
 
 
-@partial(jax.jit, static_argnames=("graph", "optimizer"), donate_argnames=("params", "opt_state"))
+@partial(
+    jax.jit,
+    static_argnames=("graph", "optimizer", "dtype", "shardings"),
+    donate_argnames=("params", "opt_state"),
+)
 def train_step(
     graph: nnx.GraphDef,
     optimizer: optax.GradientTransformation,
@@ -34,9 +43,20 @@ def train_step(
     opt_state: optax.OptState,
     tokens: Array,
     loss_mask: Array,
+    dtype: jnp.dtype | None = None,
+    shardings: tuple[Sharding, ...] | None = None,
 ) -> tuple[nnx.State, optax.OptState, dict[str, Array]]:
-    """One update on tokens [B, T] int32 with loss_mask [B, T] bool. Metrics: loss, grad_norm (scalars, float32)."""
-    loss, grads = jax.value_and_grad(loss_fn)(params, graph, tokens, loss_mask)
+    """One update on tokens [B, T] int32 with loss_mask [B, T] bool. Metrics: loss, grad_norm (scalars, float32).
+
+    dtype: what to compute in where it is not the weights' own (float32 weights, bfloat16 compute). shardings: of the
+    leaves of (params, opt_state), to keep; left to itself the compiler moves some, and the next step compiles anew.
+    """
+    loss, grads = jax.value_and_grad(loss_fn)(params, graph, tokens, loss_mask, dtype)
     updates, opt_state = optimizer.update(grads, opt_state, params)
     metrics = {"loss": loss, "grad_norm": optax.global_norm(grads)}
-    return optax.apply_updates(params, updates), opt_state, metrics
+    params = optax.apply_updates(params, updates)
+    if shardings is not None:
+        leaves, tree = jax.tree.flatten((params, opt_state))
+        pinned = [jax.lax.with_sharding_constraint(x, s) for x, s in zip(leaves, shardings, strict=True)]
+        params, opt_state = jax.tree.unflatten(tree, pinned)
+    return params, opt_state, metrics

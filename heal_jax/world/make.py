@@ -143,10 +143,3 @@ def make(out: Path, names: tuple[str, ...] = ("teacher", "student")) -> None:
             print(f"{name}: step {step}, loss {loss:.4f}, {time.perf_counter() - start:.0f} s", flush=True)
 
         save(pretrain(recipes()[name], report), out / name)
-
-
-def world_folder(name: str) -> Path:
-    """Where the shipped model lies."""
-    return Path(__file__).parent / "models" / name
-
-

@@ -39,15 +39,18 @@ def step(place: int, digits: list[int], carry: int, total: int) -> str:
 
 
 def solve(
-    terms: list[int], skill: Skill, rng: np.random.Generator, start: int = 0, carry: int = 0
+    terms: list[int], skill: Skill, rng: np.random.Generator | None, start: int = 0, carry: int = 0
 ) -> tuple[list[str], list[int]]:
-    """Column steps from `start` with the carry that comes in, and the column sums; faults as `skill` has them."""
+    """Column steps from `start` with the carry that comes in, and the column sums; faults as `skill` has them.
+
+    Without `rng` nothing goes wrong.
+    """
     steps, totals = [], []
     for place, (digits, _) in list(enumerate(columns(terms)))[start:]:
         used = carry
-        if carry == 2 and rng.random() >= skill.two:
+        if rng is not None and carry == 2 and rng.random() >= skill.two:
             used = 1
-        elif nine_meets_one(digits, carry) and rng.random() >= skill.nine:
+        elif rng is not None and nine_meets_one(digits, carry) and rng.random() >= skill.nine:
             used = 0
         total = sum(digits) + used
         steps.append(step(place, digits, used, total))

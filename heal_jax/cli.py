@@ -1,0 +1,168 @@
+"""The `heal` command. Errors are one line; exit status 2 for bad input, 1 for a failed run."""
+
+import dataclasses
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from heal_jax import __version__
+from heal_jax.config import Config, load
+from heal_jax.errors import InputError, RunError
+
+STAGES = {
+    "sample": "unaided rollouts of the teacher, pass rates, strata",
+    "hindsight": "rollouts of hard problems with the answer in the prompt",
+    "repair": "GEAR: cut failed rollouts where entropy surges, hint, decode on",
+    "curate": "PURE and PACE: what is kept, and the three stages",
+    "train": "the student through the curriculum, and the rejection-sampling baseline",
+    "evaluate": "teacher and students on held-out problems",
+    "export": "the student in Hugging Face format",
+}
+OTHERS = {
+    "report": "write DIR/report.html again",
+    "show": "print a rollout, or list them",
+    "make-world": "make the built-in models from nothing (CPU, about half an hour)",
+}
+USAGE = f"""heal {__version__}: hindsight entropy-assisted learning for reasoning distillation
+
+heal run CONFIG.yaml --out DIR [--field value ...]
+    everything; run again, it goes on where it stopped
+
+a stage alone, with the same arguments:
+{chr(10).join(f"    heal {name:<11}{text}" for name, text in STAGES.items())}
+
+heal report DIR              {OTHERS["report"]}
+heal show DIR [ROLLOUT_ID]   {OTHERS["show"]}
+heal make-world --out DIR    {OTHERS["make-world"]}
+
+heal COMMAND --help explains every field; any config field can be set on the command line (--sample.n 8)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StageArguments:
+    """A stage, or all of them."""
+
+    config: tyro.conf.Positional[Path]
+    """A YAML file; fields that it leaves out have the defaults below."""
+    out: Path
+    """The run directory; made where it is not there, gone on with where it is."""
+    settings: Annotated[Config, tyro.conf.arg(name="")]
+    quiet: bool = False
+    """No progress, only errors."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ShowArguments:
+    """Print a rollout with its entropies, or list what there is."""
+
+    directory: tyro.conf.Positional[Path]
+    """A run directory."""
+    rollout_id: tyro.conf.Positional[str | None] = None
+    """As in the list; without it the list is printed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportArguments:
+    """Write report.html from what a run directory holds."""
+
+    directory: tyro.conf.Positional[Path]
+    """A run directory, finished or not."""
+
+
+@dataclasses.dataclass(frozen=True)
+class WorldArguments:
+    """Train the built-in teacher and student from random weights; set NPROC to fix the bytes over core counts."""
+
+    out: Path
+    """Folder for teacher/ and student/."""
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(argv: list[str]) -> int:
+    """Do one command; the exit status."""
+    try:
+        return _dispatch(argv)
+    except InputError as error:
+        print(f"heal: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except RunError as error:
+        print(f"heal: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("heal: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return 130
+
+
+def _dispatch(argv: list[str]) -> int:
+    command, rest = (argv[0], argv[1:]) if argv else ("--help", [])
+    if command in ("-h", "--help", "help"):
+        print(USAGE)
+    elif command in ("-V", "--version"):
+        print(__version__)
+    elif command == "run" or command in STAGES:
+        _stages(command, rest)
+    elif command == "report":
+        report = tyro.cli(ReportArguments, prog="heal report", args=rest)
+        from heal_jax.report.page import write_report
+
+        print(write_report(_run_directory(report.directory)))
+    elif command == "show":
+        show = tyro.cli(ShowArguments, prog="heal show", args=rest)
+        from rich.console import Console
+
+        from heal_jax.report.show import show as show_rollout
+
+        show_rollout(_run_directory(show.directory), show.rollout_id, Console(highlight=False))
+    elif command == "make-world":
+        world = tyro.cli(WorldArguments, prog="heal make-world", args=rest)
+        from heal_jax.world.make import make
+
+        make(world.out)
+    else:
+        import difflib
+
+        known = ["run", *STAGES, *OTHERS]
+        near = difflib.get_close_matches(command, known, n=1)
+        advice = f"did you mean {near[0]!r}?" if near else f"commands: {', '.join(known)}"
+        raise InputError(f"{command}: no such command; {advice}")
+    return 0
+
+
+def _run_directory(folder: Path) -> Path:
+    if not (folder / "manifest.json").is_file():
+        raise InputError(f"{folder}: not a run directory (no manifest.json); give the --out of `heal run`")
+    return folder
+
+
+def _stages(command: str, argv: list[str]) -> None:
+    # The YAML file gives the defaults that the other arguments override, so it is read first.
+    path = next((a for a in argv if a.endswith((".yaml", ".yml"))), None)
+    wants_help = any(a in ("-h", "--help") for a in argv)
+    if path is None and not wants_help:
+        raise InputError(f"heal {command} CONFIG.yaml --out DIR: no config file ending in .yaml is given")
+    settings = load(path) if path is not None else Config()
+    defaults = StageArguments(config=tyro.MISSING, out=tyro.MISSING, settings=settings)
+    description = STAGES.get(command, "all stages")
+    arguments = tyro.cli(StageArguments, prog=f"heal {command}", args=argv, default=defaults, description=description)
+
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before jax, which reads it
+    from heal_jax.pipeline import run_stages
+    from heal_jax.progress import Progress
+    from heal_jax.run import open_run
+
+    with (
+        Progress(quiet=arguments.quiet) as progress,
+        open_run(arguments.settings, arguments.out, progress) as opened,
+    ):
+        run_stages(opened, list(STAGES) if command == "run" else [command])
+        if command == "run":
+            from heal_jax.summary import verdict
+
+            print(verdict(arguments.out))

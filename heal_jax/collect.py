@@ -1,0 +1,312 @@
+"""The teacher's three stages: unaided rollouts, global hindsight, repairs. Each makes rollout shards.
+
+A shard is one batch; what is in it depends on the config alone.
+"""
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from heal_jax import gear
+from heal_jax.pace import stratum
+from heal_jax.problems.answers import answer_span
+from heal_jax.problems.sources import Problem
+from heal_jax.pure import purity, scored_steps
+from heal_jax.rollout.generate import (
+    Decoded,
+    Group,
+    Shape,
+    bucket,
+    generate,
+    key_of,
+    score_sequences,
+    split_steps,
+)
+from heal_jax.rollout.sampling import rules
+from heal_jax.run import Run, hindsight_question, hint_text
+from heal_jax.store import PROBLEMS, write_table
+from heal_jax.world.check import first_wrong_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """A decoded rollout and what it was made from; `kept` precedes what was decoded, `context` is what the teacher saw."""
+
+    problem: Problem
+    kind: str
+    prompt: tuple[int, ...]
+    context: tuple[int, ...]
+    decoded: Decoded
+    kept: tuple[int, ...] = ()
+    parent_id: str | None = None
+    breakpoint_step: int | None = None
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """As the student will see them, after the prompt."""
+        return self.kept + tuple(map(int, self.decoded.tokens))
+
+
+def sample(run: Run) -> None:
+    """`sample.n` unaided rollouts of each problem; then pass rates and strata, in problems.parquet."""
+    spec, lm = run.config.sample, run.teacher
+    prompts = {p.id: tuple(lm.tokenizer.prompt(p.question)) for p in run.problems}
+    shape = Shape(max(1, spec.batch // spec.n), spec.n, bucket(max(map(len, prompts.values()))), 0, spec.max_new_tokens)
+
+    def group(problem: Problem) -> Group:
+        ids = tuple(f"{problem.id}/base/{i}/s{run.config.seed}" for i in range(spec.n))
+        return Group(prompts[problem.id], (), ids, spec.max_new_tokens)
+
+    correct: dict[str, int] = defaultdict(int)
+    for row in _shards(run, "base", run.problems, shape, group, lambda p: {"prompt": prompts[p.id]}, lambda p: p):
+        correct[row["problem_id"]] += row["grade"] == "correct"
+    strata = {p.id: stratum(correct[p.id], spec.n, run.config.gear.max_correct) for p in run.problems}
+    rows = [
+        {
+            **{name: getattr(p, name) for name in ("id", "source", "split", "level", "question", "answer")},
+            "pass_rate": correct[p.id] / spec.n,
+            "stratum": strata[p.id],
+        }
+        for p in run.problems
+    ]
+    write_table(run.root / "problems.parquet", rows, PROBLEMS)
+    run.directory.finish("sample", correct=dict(correct), strata=strata)
+
+
+def hindsight(run: Run) -> None:
+    """`hindsight.n` rollouts of each hard problem with the answer in the prompt."""
+    run.require("sample")
+    spec, lm = run.config.sample, run.teacher
+    strata = run.directory.manifest["stages"]["sample"]["strata"]
+    hard = [p for p in run.problems if strata[p.id] != "solved"]
+    # The width is that of all problems, so that which ones are hard does not change what is compiled.
+    contexts = {p.id: tuple(lm.tokenizer.prompt(hindsight_question(run.config, p))) for p in run.problems}
+    n = run.config.hindsight.n
+    shape = Shape(max(1, spec.batch // n), n, bucket(max(map(len, contexts.values()))), 0, spec.max_new_tokens)
+
+    def group(problem: Problem) -> Group:
+        ids = tuple(f"{problem.id}/hindsight/{i}/s{run.config.seed}" for i in range(n))
+        return Group(contexts[problem.id], (), ids, spec.max_new_tokens)
+
+    def made(problem: Problem) -> dict[str, Any]:
+        return {"prompt": tuple(lm.tokenizer.prompt(problem.question))}
+
+    for _ in _shards(run, "hindsight", hard, shape, group, made, lambda p: p):
+        pass
+    run.directory.finish("hindsight", problems=len(hard))
+
+
+@dataclasses.dataclass(frozen=True)
+class Path:
+    """A failed rollout to repair."""
+
+    problem: Problem
+    row: dict[str, Any]
+    breakpoint: int  # gear.NONE where there is none
+    kept: int  # tokens
+
+
+def repair(run: Run) -> None:
+    """GEAR: `gear.repairs` continuations of each of the first `gear.paths` distinct failures of unsolved problems."""
+    run.require("sample")
+    config, lm = run.config, run.teacher
+    spec, n = config.sample, config.gear.repairs
+    paths = failed_paths(run)
+    prompts = {p.id: tuple(lm.tokenizer.prompt(p.question)) for p in run.problems}
+    hints = {p.id: tuple(lm.tokenizer.encode(hint_text(config, p))) for p in run.problems}
+    width = bucket(max(map(len, prompts.values())) + max((path.kept for path in paths), default=0))
+    hint_width = bucket(max(map(len, hints.values())))
+    shape = Shape(max(1, spec.batch // n), n, width, hint_width, spec.max_new_tokens)
+
+    def kept(path: Path) -> tuple[int, ...]:
+        return tuple(path.row["tokens"][: path.kept])
+
+    def group(path: Path) -> Group:
+        stem, _, seed = path.row["rollout_id"].rpartition("/")
+        ids = tuple(f"{stem.replace('/base/', '/repair/')}.{i}/{seed}" for i in range(n))
+        budget = spec.max_new_tokens - path.kept
+        return Group(prompts[path.problem.id] + kept(path), hints[path.problem.id], ids, budget)
+
+    def made(path: Path) -> dict[str, Any]:
+        step = None if path.breakpoint == gear.NONE else path.breakpoint
+        parent = {"parent_id": path.row["rollout_id"], "breakpoint_step": step}
+        return {"prompt": prompts[path.problem.id], "kept": kept(path), **parent}
+
+    for _ in _shards(run, "repair", paths, shape, group, made, lambda path: path.problem):
+        pass
+    run.directory.finish("repair", paths=len(paths))
+
+
+def failed_paths(run: Run) -> list[Path]:
+    """The failures to repair, with breakpoint and kept tokens (DESIGN section 2, "Repair" and "Breakpoint")."""
+    spec = run.config.gear
+    strata = run.directory.manifest["stages"]["sample"]["strata"]
+    chosen: dict[str, dict[tuple[int, ...], dict[str, Any]]] = defaultdict(dict)
+    for row in run.directory.rollouts("base").to_pylist():
+        found = chosen[row["problem_id"]]
+        if strata[row["problem_id"]] == "unsolved" and row["grade"] != "correct" and len(found) < spec.paths:
+            found.setdefault(tuple(row["tokens"]), row)
+    rows = [row for p in run.problems for row in chosen[p.id].values()]
+    if not rows:
+        return []
+    width = bucket(run.config.sample.max_new_tokens)
+    index, starts, count = split_steps(run.teacher, [row["tokens"] for row in rows], width)
+    entropy = np.zeros((len(rows), width), np.float32)
+    for i, row in enumerate(rows):
+        entropy[i, : len(row["entropy"])] = row["entropy"]
+    steps = bucket(int(count.max(initial=1)))
+    problems = [run.by_id[row["problem_id"]] for row in rows]
+    wrong = [first_wrong_step(p.question, row["text"]) or 0 for p, row in zip(problems, rows)]
+    breakpoint = gear.breakpoints(
+        gear.step_entropy(entropy, index, steps),
+        count,
+        gear.last_candidate(steps, spec.window)[count],
+        np.stack([key_of(row["rollout_id"] + "/breakpoint") for row in rows]),
+        np.asarray(wrong, np.int32),
+        kind=spec.breakpoint,
+        surge_kind=spec.surge,
+    )
+    kept = gear.kept_tokens(starts, breakpoint, backup=spec.backup)
+    return [Path(*item) for item in zip(problems, rows, map(int, breakpoint), map(int, kept))]
+
+
+def _shards(
+    run: Run,
+    kind: str,
+    units: Sequence[Any],
+    shape: Shape,
+    group: Callable[[Any], Group],
+    made: Callable[[Any], dict[str, Any]],
+    problem: Callable[[Any], Problem],
+) -> list[dict[str, Any]]:
+    """Make the missing shards of a stage, `shape.contexts` units each, and return every row."""
+    drawn = rules(run.config.sample)
+    rows: list[dict[str, Any]] = []
+    correct, total = 0, -(-len(units) // shape.contexts)
+    for number in range(total):
+        part = units[number * shape.contexts : (number + 1) * shape.contexts]
+        tokens: list[int] = []
+
+        def make(part: Sequence[Any] = part, tokens: list[int] = tokens) -> list[dict[str, Any]]:
+            with run.work(kind, tokens):
+                groups = [group(unit) for unit in part]
+                made_rollouts = [
+                    Made(problem(unit), kind, context=g.context + g.hint, decoded=decoded, **made(unit))
+                    for unit, g, several in zip(part, groups, generate(run.teacher, groups, shape, drawn))
+                    for decoded in several
+                ]
+                tokens.extend(len(m.decoded.tokens) for m in made_rollouts)
+                return records(run, made_rollouts)
+
+        table, _ = run.directory.shard(f"rollouts/{kind}-{number:05d}", make)
+        rows += table.to_pylist()
+        correct = sum(row["grade"] == "correct" for row in rows)
+        note = f"{len(rows)} rollouts, {correct / max(1, len(rows)):.0%} correct"
+        run.progress.update(kind, number + 1, total, note, sum(tokens))
+    return rows
+
+
+def records(run: Run, made: Sequence[Made]) -> list[dict[str, Any]]:
+    """Grade, split and score rollouts: rows of the rollout record (DESIGN section 6)."""
+    lm = run.teacher
+    # Only what was decoded is graded: a kept prefix or a hint may hold an answer.
+    texts = [lm.tokenizer.text(list(m.decoded.tokens)) for m in made]
+    grades = run.grader.grade_many([(m.problem, text, m.decoded.finish) for m, text in zip(made, texts)])
+    width = bucket(run.config.sample.max_new_tokens)
+    index, starts, _ = split_steps(lm, [thinking_part(run, m.tokens) for m in made], width)
+    scores = _pure(run, made, [g.grade for g in grades], index)
+    rows = []
+    for i, (m, grade) in enumerate(zip(made, grades)):
+        ppl, expected, score = scores[i] or (None, None, None)
+        repaired = m.kind == "repair"
+        rows.append(
+            {
+                "problem_id": m.problem.id,
+                "rollout_id": m.decoded.rollout_id,
+                "kind": m.kind,
+                "parent_id": m.parent_id,
+                "breakpoint_step": m.breakpoint_step,
+                "kept_tokens": len(m.kept) if repaired else None,
+                "prompt_tokens": m.prompt,
+                "tokens": m.tokens,
+                "context_tokens": m.context,
+                "entropy": m.decoded.entropy,
+                "logprob": m.decoded.logprob,
+                "sampling_logprob": m.decoded.sampling_logprob,
+                "step_starts": np.flatnonzero(starts[i]),
+                "finish": m.decoded.finish,
+                "grade": grade.grade,
+                "pure_score": score,
+                "step_ppl": ppl,
+                "step_expected_ppl": expected,
+                "text": lm.tokenizer.text(list(m.tokens)),
+                "answer": grade.answer,
+            }
+        )
+    return rows
+
+
+def thinking_part(run: Run, tokens: Sequence[int]) -> list[int]:
+    """The tokens whose steps count: those before `grade.think_end`, all where it is not set or not there."""
+    end = run.config.grade.think_end
+    if end:
+        spans = run.teacher.tokenizer.spans(list(tokens))
+        at = "".join(text for text, _ in spans).find(end)
+        if at >= 0:
+            return [t for t, (_, start) in zip(tokens, spans) if start < at]
+    return list(tokens)
+
+
+def answer_tokens(run: Run, m: Made) -> tuple[int, int] | None:
+    """First and last + 1 index, among all tokens of a rollout, of those that overlap its answer."""
+    grade = run.config.grade
+    spans = run.teacher.tokenizer.spans(list(m.decoded.tokens))
+    found = answer_span("".join(text for text, _ in spans), grade.answer_open, grade.answer_close, grade.think_end)
+    if found is None:
+        return None
+    hit = [i for i, (text, start) in enumerate(spans) if start < found[1] and start + len(text) > found[0]]
+    return (len(m.kept) + hit[0], len(m.kept) + hit[-1] + 1) if hit else None
+
+
+def _pure(
+    run: Run, made: Sequence[Made], grades: Sequence[str], index: np.ndarray
+) -> list[tuple[np.ndarray, np.ndarray, float] | None]:
+    """Step perplexities, expected perplexities and S of each rollout, None where it is not scored.
+
+    Unaided rollouts are scored from what decoding recorded; the others, when correct, by one hint-free pass.
+    """
+    lm, spec, width = run.teacher, run.config.pure, index.shape[1]
+    chosen = [i for i, m in enumerate(made) if m.kind == "base" or grades[i] == "correct"]
+    aided = [i for i in chosen if made[i].kind != "base"]
+    prompt_width = bucket(max((len(m.prompt) for m in made), default=1))
+    rescored = dict(
+        zip(
+            aided,
+            score_sequences(lm, [made[i].prompt + made[i].tokens for i in aided], prompt_width + width, rows=48),
+        )
+    )
+    logprob, entropy = np.zeros(index.shape, np.float32), np.zeros(index.shape, np.float32)
+    steps = np.full(index.shape, -1, np.int32)
+    for i in chosen:
+        m = made[i]
+        n, text = len(m.tokens), len(lm.tokenizer.without_eos(list(m.tokens)))
+        if i in rescored:
+            logprob[i, :n], entropy[i, :n] = (x[len(m.prompt) :] for x in rescored[i])
+        else:
+            logprob[i, :n], entropy[i, :n] = m.decoded.logprob, m.decoded.entropy
+        steps[i] = scored_steps(index[i], answer_tokens(run, m), len(m.kept), text)
+    rows = -(-len(made) // 256) * 256
+    padded = [np.pad(x, ((0, rows - len(made)), (0, 0)), constant_values=fill) for x, fill in
+              ((logprob, 0), (entropy, 0), (steps, -1))]  # fmt: skip
+    result = purity(*padded, spec.epsilon, spec.max_weight, steps=bucket(int(steps.max(initial=0)) + 1))
+    ppl, expected, count, score = (np.asarray(x) for x in result)
+    out: list[tuple[np.ndarray, np.ndarray, float] | None] = [None] * len(made)
+    for i in chosen:
+        if count[i]:
+            out[i] = (ppl[i, : count[i]], expected[i, : count[i]], float(score[i]))
+    return out
+
+

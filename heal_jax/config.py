@@ -1,0 +1,381 @@
+"""The configuration: one tree of frozen dataclasses, every default with its reason.
+
+The text under a field is its help on the command line. `load` reads YAML strictly: an unknown key, a wrong type or a
+value out of range is one line with the path, the value and what is allowed. Names and meanings: DESIGN section 2.
+"""
+
+import dataclasses
+import difflib
+import math
+import re
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+
+from heal_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """Bounds of a number: ge <= value <= le, gt < value."""
+
+    ge: float | None = None
+    gt: float | None = None
+    le: float | None = None
+
+    def __str__(self) -> str:
+        low = f">= {self.ge}" if self.ge is not None else f"> {self.gt}" if self.gt is not None else ""
+        high = f"<= {self.le}" if self.le is not None else ""
+        return " and ".join(part for part in (low, high) if part)
+
+    def holds(self, value: float) -> bool:
+        if isinstance(value, float) and math.isnan(value):
+            return False
+        return (
+            (self.ge is None or value >= self.ge)
+            and (self.gt is None or value > self.gt)
+            and (self.le is None or value <= self.le)
+        )
+
+
+Count = Annotated[int, Range(ge=1)]
+Share = Annotated[float, Range(ge=0.0, le=1.0)]
+Positive = Annotated[float, Range(gt=0.0)]
+NonNegative = Annotated[float, Range(ge=0.0)]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSpec:
+    """A model folder in Hugging Face format."""
+
+    path: str = "builtin:teacher"
+    """A folder, or builtin:teacher / builtin:student: the models in the package, so that nothing is downloaded."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """float32 computes the same on every machine; bfloat16 halves memory and is what accelerators are fast at."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshSpec:
+    """How devices are arranged; one axis may be -1 (what is left)."""
+
+    data: int = -1
+    """Rows are independent, so by default every device takes its share of them."""
+    fsdp: int = 1
+    """Shards weights and optimizer state where one device cannot hold them."""
+    tensor: int = 1
+    """Splits heads, MLP and vocabulary where a layer is too wide for one device."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ProblemSpec:
+    """Where problems come from."""
+
+    source: str = "world:sums"
+    """world:sums (built in), rg:FAMILY (reasoning-gym), jsonl:FILE (one object a line with question and answer)."""
+    split: Literal["train", "dev", "test"] = "train"
+    """world: the hash split to draw from. Other sources: a label, written to problems.parquet."""
+    counts: dict[str, int] = dataclasses.field(default_factory=dict)
+    """world: problems of each level, such as {easy: 60, medium: 80, hard: 60}."""
+    limit: Annotated[int, Range(ge=0)] = 0
+    """rg, jsonl: at most this many problems; 0 takes all (rg: 100)."""
+    seed: int = 0
+    """world, rg: which problems the generator makes; apart from the run's seed so that seeds share problems."""
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """rg: the family's own configuration."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleSpec:
+    """Unaided rollouts of the teacher."""
+
+    n: Count = 30
+    """Rollouts a problem: N of the paper; fewer make the pass rate too coarse to tell unsolved from hard."""
+    temperature: NonNegative = 1.0
+    """1 samples the model's own distribution, the one whose entropy is read; 0 is greedy."""
+    top_k: Annotated[int, Range(ge=0)] = 0
+    """Keep the k likeliest tokens; 0 keeps all, since truncation hides the uncertainty that GEAR looks for."""
+    top_p: Annotated[float, Range(gt=0.0, le=1.0)] = 1.0
+    """Keep the smallest set with this probability; 1 keeps all."""
+    min_p: Share = 0.0
+    """Drop tokens below this share of the likeliest; 0 keeps all."""
+    max_new_tokens: Count = 128
+    """A rollout that reaches this length is truncated; 128 holds the built-in world's longest solution (124)."""
+    batch: Count = 240
+    """Rows decoded together; a multiple of n keeps a problem's rollouts in one batch. Part of what fixes the bytes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class HindsightSpec:
+    """Rollouts with the answer in the prompt, for hard problems."""
+
+    n: Count = 10
+    """The answer makes most of them right, so a third of sample.n gives stage 2 enough."""
+    prompt: str = "{question}\nThe final answer is {answer}."
+    """The user turn; must contain {question} and {answer}. The stored example has the plain prompt."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GearSpec:
+    """Guided entropy-assisted repair."""
+
+    max_correct: Annotated[int, Range(ge=0)] = 1
+    """A problem with at most this many correct rollouts is unsolved: one hit in thirty may be luck."""
+    paths: Count = 10
+    """Failed rollouts repaired a problem (paper)."""
+    repairs: Count = 20
+    """Continuations a path (paper)."""
+    surge: Literal["difference", "ratio", "zscore"] = "difference"
+    """Difference is the paper's rise in step entropy; ratio and zscore are for comparison."""
+    breakpoint: Literal["surge", "random", "oracle"] = "surge"
+    """surge is the method; random, from the same window, is its control; oracle needs a step checker."""
+    window: Annotated[float, Range(gt=0.0, le=1.0)] = 1 / 3
+    """The early part of the chain in which the breakpoint may lie: errors there decide the rest (paper)."""
+    backup: Annotated[int, Range(ge=0)] = 1
+    """Steps given up before the surge: the surge is often felt one step after its cause."""
+    hint: str = "Hint: The final answer is {answer}.\n\n"
+    """Put after the kept prefix, in the teacher's context only; must contain {answer}."""
+    leak_patterns: tuple[str, ...] = (r"(?i)\bhint",)
+    """Regular expressions: a continuation that matches one talks about the hint and is dropped."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PureSpec:
+    """Perplexity-uncertainty ratio."""
+
+    epsilon: Positive = 0.01
+    """Added to the expected perplexity (paper)."""
+    max_weight: Share = 0.2
+    """lambda: weight of the worst step against the mean (paper)."""
+    threshold: Positive = 1.12
+    """Kept at or below; on three small worlds it kept 93-100 % of flawless and at most 0.5 % of flawed repairs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PaceSpec:
+    """The curriculum."""
+
+    order: Literal["cumulative", "separate", "shuffled"] = "cumulative"
+    """cumulative: stage k trains on stages 1..k; students forgot the first stages with separate ones."""
+    steps: tuple[float, float, float] = (0.4, 0.2, 0.4)
+    """Shares of train.steps for the three stages; the share of an empty stage goes to the others."""
+    per_problem: Count = 4
+    """Examples of one problem in a stage, so that easily solved problems do not drown the rest."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSpec:
+    """Optimizer steps of the student, for HEAL and for the baseline alike."""
+
+    steps: Count = 300
+    """Optimizer steps in all, over the three stages."""
+    batch: Count = 32
+    """Examples a step."""
+    learning_rate: Positive = 1e-3
+    """Peak; suits the built-in student (real models: 1e-5, paper)."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """After warm-up, over all steps; stages do not restart it, so that the baseline has the same rate at each step."""
+    warmup: Share = 0.05
+    """Share of the steps in which the rate rises from 0."""
+    weight_decay: NonNegative = 0.0
+    """Runs are short; decay would only pull the student away from what it knows."""
+    clip_norm: Positive = 1.0
+    """Global gradient norm."""
+    max_tokens: Count = 256
+    """Longest example, prompt included; longer ones are left out and counted."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointSpec:
+    """Orbax checkpoints of training."""
+
+    seconds: Positive = 300.0
+    """Also saved when this long has passed since the last one: what an interruption may cost."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GradeSpec:
+    """How a rollout's answer is found and checked."""
+
+    by: Literal["auto", "reasoning_gym", "math", "exact"] = "auto"
+    """auto: the family's own scorer for world: and rg: problems, math-verify for the others."""
+    answer_open: str = "\\boxed{"
+    """The answer stands between this and its matching close; the last such span counts."""
+    answer_close: str = "}"
+    """Closes the answer; nested braces are matched."""
+    think_end: str = ""
+    """Set for thinking models (such as "</think>"): steps lie before it, the answer after it."""
+    timeout: Positive = 5.0
+    """Seconds of processor time for one answer; a hanging expression costs this and nothing else."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateSpec:
+    """Accuracy on held-out problems."""
+
+    problems: ProblemSpec = dataclasses.field(default_factory=lambda: ProblemSpec(split="test"))
+    """Disjoint from the training problems; checked by question before the run starts."""
+    samples: Count = 4
+    """pass@1 is the mean over this many samples a problem."""
+    temperature: NonNegative = 1.0
+    """Students are judged by what they sample; 0 for greedy (with samples 1)."""
+    resamples: Count = 2000
+    """Bootstrap resamples of problems for the 95 % intervals; the interval's ends move by less than 0.2 points."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Everything that decides what a run computes."""
+
+    seed: int = 0
+    """Every random draw follows from it."""
+    teacher: ModelSpec = ModelSpec("builtin:teacher")
+    student: ModelSpec = ModelSpec("builtin:student")
+    mesh: MeshSpec = MeshSpec()
+    problems: ProblemSpec = dataclasses.field(default_factory=ProblemSpec)
+    sample: SampleSpec = SampleSpec()
+    hindsight: HindsightSpec = HindsightSpec()
+    gear: GearSpec = GearSpec()
+    pure: PureSpec = PureSpec()
+    pace: PaceSpec = PaceSpec()
+    train: TrainSpec = TrainSpec()
+    checkpoint: CheckpointSpec = CheckpointSpec()
+    grade: GradeSpec = GradeSpec()
+    evaluate: EvaluateSpec = dataclasses.field(default_factory=EvaluateSpec)
+
+
+def load(path: str | Path) -> Config:
+    """Read a YAML file strictly. Raises InputError (one line)."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such config file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as text ({error})") from None
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if raw is None:
+        raw = {}
+    try:
+        config = _build(Config, raw, "")
+        validate(config)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    return config
+
+
+def validate(config: Config) -> None:
+    """Ranges of every field, and what must hold between fields. Raises InputError."""
+    _check(config, "")
+    for path, template, names in (
+        ("hindsight.prompt", config.hindsight.prompt, {"question", "answer"}),
+        ("gear.hint", config.gear.hint, {"answer"}),
+    ):
+        missing = sorted("{" + name + "}" for name in names if "{" + name + "}" not in template)
+        if missing:
+            raise InputError(f"{path}: {template!r} must contain {' and '.join(missing)}")
+    for pattern in config.gear.leak_patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise InputError(f"gear.leak_patterns: {pattern!r} is not a regular expression ({error})") from None
+    if any(share < 0 for share in config.pace.steps) or not math.isclose(sum(config.pace.steps), 1.0, abs_tol=1e-6):
+        raise InputError(f"pace.steps: {list(config.pace.steps)}: three shares >= 0 that sum to 1 are expected")
+    if not config.grade.answer_open or not config.grade.answer_close:
+        raise InputError("grade.answer_open and grade.answer_close: text that is not empty is expected")
+
+
+def to_dict(value: Any) -> Any:
+    """Plain YAML data of a config; `load` reads it back to an equal config."""
+    if dataclasses.is_dataclass(value):
+        return {field.name: to_dict(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, tuple):
+        return [to_dict(item) for item in value]
+    return value
+
+
+def dump(config: Config) -> str:
+    """YAML text of every field."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+
+
+def flatten(data: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts to {dotted path: value}."""
+    if not isinstance(data, dict) or not data:
+        return {prefix: data}
+    return {key: leaf for name, item in data.items() for key, leaf in flatten(item, _join(prefix, str(name))).items()}
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _check(value: Any, path: str) -> None:
+    hints = typing.get_type_hints(type(value), include_extras=True)
+    for field in dataclasses.fields(value):
+        item, hint, where = getattr(value, field.name), hints[field.name], _join(path, field.name)
+        if dataclasses.is_dataclass(item):
+            _check(item, where)
+        for bound in getattr(hint, "__metadata__", ()):
+            if isinstance(bound, Range) and not bound.holds(item):
+                raise InputError(f"{where}: {item!r} is out of range, allowed: {bound}")
+
+
+def _build(hint: Any, raw: Any, path: str) -> Any:
+    """Turn YAML data into a value of the hinted type, or raise InputError with the path."""
+    if typing.get_origin(hint) is Annotated:
+        return _build(typing.get_args(hint)[0], raw, path)
+    if dataclasses.is_dataclass(hint):
+        return _build_dataclass(typing.cast(type, hint), raw, path)
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        if raw in args and isinstance(raw, str):
+            return raw
+        raise InputError(f"{path}: {raw!r} is not allowed, use one of {', '.join(map(str, args))}")
+    if origin is tuple:
+        if not isinstance(raw, list) or (args[-1] is not Ellipsis and len(raw) != len(args)):
+            length = "" if args[-1] is Ellipsis else f" of {len(args)} values"
+            raise InputError(f"{path}: {raw!r} is not a list{length}")
+        kinds = [args[0]] * len(raw) if args[-1] is Ellipsis else list(args)
+        return tuple(_build(kind, item, f"{path}[{i}]") for i, (kind, item) in enumerate(zip(kinds, raw)))
+    if origin is dict:
+        if not isinstance(raw, dict):
+            raise InputError(f"{path}: {raw!r} is not a mapping")
+        return {_build(args[0], key, path): _build(args[1], item, _join(path, str(key))) for key, item in raw.items()}
+    if origin in (typing.Union, types.UnionType):
+        return None if raw is None else _build(next(a for a in args if a is not type(None)), raw, path)
+    if hint is Any:
+        return raw
+    return _scalar(hint, raw, path)
+
+
+def _scalar(hint: type, raw: Any, path: str) -> Any:
+    if hint is float and isinstance(raw, str):  # YAML 1.1 reads 1e-5 (no point) as text
+        try:
+            raw = float(raw)
+        except ValueError:
+            pass
+    if hint is float and isinstance(raw, int) and not isinstance(raw, bool):
+        raw = float(raw)
+    if isinstance(raw, hint) and not (hint is not bool and isinstance(raw, bool)):
+        return raw
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    raise InputError(f"{path}: {raw!r} is not {names[hint]}")
+
+
+def _build_dataclass(kind: type, raw: Any, path: str) -> Any:
+    if not isinstance(raw, dict):
+        raise InputError(f"{path or 'config'}: {raw!r} is not a mapping of field: value")
+    hints = typing.get_type_hints(kind, include_extras=True)
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    for key in raw:
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1)
+            advice = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(fields)}"
+            raise InputError(f"{_join(path, str(key))}: unknown key, {advice}")
+    return kind(**{name: _build(hints[name], item, _join(path, name)) for name, item in raw.items()})

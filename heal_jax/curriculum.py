@@ -1,0 +1,162 @@
+"""From rollouts to students: decisions, the three stages on disk, HEAL's training and the baseline's."""
+
+import dataclasses
+import re
+import shutil
+from collections import Counter
+from typing import Any
+
+from heal_jax import pace
+from heal_jax.errors import RunError
+from heal_jax.model.decoder import Model
+from heal_jax.run import Run
+from heal_jax.store import DECISIONS, write_table
+from heal_jax.train.data import Example, bucket, fit, read_stage, write_stage
+from heal_jax.train.loop import Phase, stage_steps, train
+
+STAGES = (1, 2, 3)
+MODELS = ("heal", "rejection_sampling")
+
+
+def curate(run: Run) -> None:
+    """PURE and PACE: a decision for every rollout in decisions.parquet, the stages as datasets in curriculum/."""
+    run.require("sample", "hindsight", "repair")
+    config, tokenizer = run.config, run.teacher.tokenizer
+    strata = run.directory.manifest["stages"]["sample"]["strata"]
+    patterns = [re.compile(pattern) for pattern in config.gear.leak_patterns]
+    with run.work("curate"):
+        rows = run.directory.rollouts().to_pylist()
+        candidates = []
+        for i, row in enumerate(rows):
+            said = tokenizer.text(row["tokens"][row["kept_tokens"] or 0 :]) if row["kind"] != "base" else ""
+            candidates.append(
+                pace.Candidate(
+                    rollout_id=row["rollout_id"],
+                    problem_id=row["problem_id"],
+                    kind=row["kind"],
+                    index=i,
+                    grade=row["grade"],
+                    leaked=any(pattern.search(said) for pattern in patterns),
+                    sequence=(*row["prompt_tokens"], *row["tokens"]),
+                    score=row["pure_score"],
+                )
+            )
+        decisions = pace.curate(candidates, strata, config.pure.threshold, config.pace.per_problem)
+        write_table(run.root / "decisions.parquet", [dataclasses.asdict(d) for d in decisions], DECISIONS)
+        stages: dict[int, list[Example]] = {stage: [] for stage in STAGES}
+        for row, candidate, decision in zip(rows, candidates, decisions):
+            if decision.kept:
+                example = Example(
+                    row["rollout_id"],
+                    row["problem_id"],
+                    row["kind"],
+                    candidate.sequence,
+                    len(row["prompt_tokens"]),
+                )
+                stages[decision.stage].append(example)
+        for stage, examples in stages.items():
+            folder = run.root / "curriculum" / f"stage{stage}"
+            if examples:
+                write_stage(folder, stage, examples)
+            else:
+                shutil.rmtree(folder, ignore_errors=True)
+                run.progress.say(f"curate     stage {stage} is empty: it is skipped, its steps go to the others")
+    record = {
+        "hindsight": _counts("hindsight", candidates, decisions),
+        "repair": _counts("repair", candidates, decisions),
+        "stages": {
+            str(stage): {
+                "examples": len(examples),
+                "tokens": sum(len(e.tokens) - e.prompt_length for e in examples),
+            }
+            for stage, examples in stages.items()
+        },
+    }
+    run.directory.finish("curate", **record)
+    sizes = ", ".join(f"stage {stage}: {len(examples)}" for stage, examples in stages.items())
+    run.progress.say(f"curate     {sizes} examples")
+
+
+def _counts(kind: str, candidates: list[pace.Candidate], decisions: list[pace.Decision]) -> dict[str, Any]:
+    """What became of the rollouts of a kind."""
+    pairs = [(c, d) for c, d in zip(candidates, decisions) if c.kind == kind]
+    reasons = Counter(re.split(r"[ 0-9]", d.reason)[0] for _, d in pairs)
+    kept = [c for c, d in pairs if d.kept]
+    return {
+        "problems": len({c.problem_id for c, _ in pairs}),
+        "problems_kept": len({c.problem_id for c in kept}),
+        "candidates": len(pairs),
+        "correct": sum(c.grade == "correct" for c, _ in pairs),
+        "leaked": sum(c.leaked for c, _ in pairs),
+        "kept": len(kept),
+        "duplicates": reasons["same"],
+    }
+
+
+def train_students(run: Run) -> None:
+    """HEAL's student through the curriculum, and the rejection-sampling student on stage 1 for as many steps."""
+    run.require("curate")
+    phases, length, dropped = training_plan(run)
+    for name in MODELS:
+        train_one(run, name, phases[name], length)
+    run.directory.finish("train", length=length, dropped=dropped, **{name: _account(phases[name]) for name in MODELS})
+
+
+def training_plan(run: Run) -> tuple[dict[str, list[Phase]], int, int]:
+    """Phases of both students, the common row length, and how many examples were too long."""
+    spec = run.config.train
+    stages: list[list[Example]] = []
+    dropped = 0
+    for stage in STAGES:
+        folder = run.root / "curriculum" / f"stage{stage}"
+        kept, over = fit(read_stage(folder), spec.max_tokens) if folder.is_dir() else ([], 0)
+        stages.append(kept)
+        dropped += over
+    if not any(stages):
+        raise RunError(f"{run.root}: no training example was kept; see decisions.parquet for the reasons")
+    order = run.config.pace.order
+    groups = pace.phases(order, stages)
+    sizes = tuple(map(len, stages))
+    if order == "shuffled":
+        steps = [spec.steps]
+    else:
+        shares = stage_steps(run.config.pace.steps, spec.steps, sizes)
+        steps = [shares[i] for i in range(3) if stages[i]]
+    heal = [
+        Phase("stage " + "+".join(str(i + 1) for i in group), tuple(e for i in group for e in stages[i]), n)
+        for group, n in zip(groups, steps)
+    ]
+    baseline = [Phase("stage 1", tuple(stages[0]), spec.steps)] if stages[0] else []
+    length = bucket([e for stage in stages for e in stage])
+    return {"heal": heal, "rejection_sampling": baseline}, length, dropped
+
+
+def train_one(run: Run, name: str, phases: list[Phase], length: int) -> Model:
+    """Train one student, or restore it where that is done. Without phases it stays what it was."""
+    if not phases:
+        run.progress.say(f"train      {name}: the teacher solved nothing, so there is nothing to train on")
+        return run.student.model
+
+    def log(metrics: dict[str, Any]) -> None:
+        run.log("train", model=name, **metrics)
+        note = f"{metrics['phase']}, loss {metrics['loss']:.4f}"
+        run.progress.update(name, metrics["step"], run.config.train.steps, note, metrics["tokens"])
+
+    tokens: list[int] = []
+    with run.work("train", tokens):
+        return train(
+            run.student.model,
+            phases,
+            run.config.train,
+            length=length,
+            pad_id=run.student.tokenizer.pad_id,
+            seed=run.config.seed,
+            folder=run.root / "checkpoints" / name,
+            checkpoint_seconds=run.config.checkpoint.seconds,
+            mesh=run.mesh,
+            log=lambda metrics: (tokens.append(metrics["tokens"]), log(metrics))[1],
+        )
+
+
+def _account(phases: list[Phase]) -> list[dict[str, Any]]:
+    return [{"name": p.name, "examples": len(p.examples), "steps": p.steps} for p in phases]

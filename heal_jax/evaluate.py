@@ -1,0 +1,120 @@
+"""Accuracy of teacher and students on held-out problems, with bootstrap intervals."""
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from heal_jax.curriculum import train_one, training_plan
+from heal_jax.model.lm import LanguageModel
+from heal_jax.rollout.generate import Group, Shape, bucket, generate
+from heal_jax.rollout.sampling import rules
+from heal_jax.run import Run
+from heal_jax.store import EVALUATION, read_table
+
+MODELS = ("teacher", "student_base", "rejection_sampling", "heal")
+
+
+def evaluate(run: Run) -> None:
+    """`evaluate.samples` rollouts of every held-out problem by each of the four models: evaluation/*.parquet.
+
+    All models get the same random keys, so that their differences are less noisy than their accuracies.
+    """
+    run.require("train")
+    for model in MODELS:
+        evaluate_one(run, model)
+    run.directory.finish("evaluate", samples=run.config.evaluate.samples)
+
+
+def trained(run: Run, name: str) -> LanguageModel:
+    """A student after training, from its checkpoint."""
+    phases, length, _ = training_plan(run)
+    return run.student.with_params(train_one(run, name, phases[name], length))
+
+
+def evaluate_one(run: Run, name: str) -> None:
+    spec, k = run.config.evaluate, run.config.evaluate.samples
+    lm: LanguageModel | None = None  # opened when the first shard is missing
+    prompts = {p.id: tuple(run.student.tokenizer.prompt(p.question)) for p in run.held_out}
+    width = bucket(max(map(len, prompts.values())))
+    shape = Shape(max(1, run.config.sample.batch // k), k, width, 0, run.config.sample.max_new_tokens)
+    drawn = rules(dataclasses.replace(run.config.sample, temperature=spec.temperature))
+    total, correct, seen = -(-len(run.held_out) // shape.contexts), 0, 0
+    for number in range(total):
+        part = run.held_out[number * shape.contexts : (number + 1) * shape.contexts]
+        tokens: list[int] = []
+        if lm is None and f"evaluation/{name}-{number:05d}" not in run.directory.manifest["shards"]:
+            lm = _model(run, name)
+
+        def make(part: Sequence[Any] = part, tokens: list[int] = tokens) -> list[dict[str, Any]]:
+            assert lm is not None
+            with run.work("evaluate", tokens):
+                groups = [
+                    Group(
+                        prompts[p.id],
+                        (),
+                        tuple(f"{p.id}/evaluate/{i}/s{run.config.seed}" for i in range(k)),
+                        run.config.sample.max_new_tokens,
+                    )
+                    for p in part
+                ]
+                decoded = [d for several in generate(lm, groups, shape, drawn) for d in several]
+                tokens.extend(len(d.tokens) for d in decoded)
+                owners = [p for p in part for _ in range(k)]
+                texts = [lm.tokenizer.text(list(d.tokens)) for d in decoded]
+                grades = run.grader.grade_many(
+                    [(p, text, d.finish) for p, text, d in zip(owners, texts, decoded)]
+                )
+                return [
+                    {
+                        "model": name,
+                        "problem_id": p.id,
+                        "sample": i % k,
+                        "tokens": d.tokens,
+                        "grade": grade.grade,
+                    }
+                    for i, (p, d, grade) in enumerate(zip(owners, decoded, grades))
+                ]
+
+        table, _ = run.directory.shard(f"evaluation/{name}-{number:05d}", make, EVALUATION)
+        grades = table.column("grade").to_pylist()
+        correct, seen = correct + grades.count("correct"), seen + len(grades)
+        run.progress.update(f"evaluate {name}", number + 1, total, f"{correct / seen:.1%} correct", sum(tokens))
+
+
+def _model(run: Run, name: str) -> LanguageModel:
+    return {"teacher": lambda: run.teacher, "student_base": lambda: run.student}.get(name, lambda: trained(run, name))()
+
+
+def problem_means(run: Run, name: str) -> np.ndarray:
+    """Mean correctness of each held-out problem over its samples: [problems] float64, in the order of `held_out`."""
+    found: dict[str, list[bool]] = defaultdict(list)
+    for shard in sorted(s for s in run.directory.manifest["shards"] if s.startswith(f"evaluation/{name}-")):
+        for row in read_table(run.root / f"{shard}.parquet").to_pylist():
+            found[row["problem_id"]].append(row["grade"] == "correct")
+    return np.array([np.mean(found[p.id]) for p in run.held_out])
+
+
+def interval(values: np.ndarray, resamples: int, seed: int) -> list[float]:
+    """95 % percentile-bootstrap interval of the mean over problems: values [problems] -> [low, high].
+
+    Resampling problems (not samples) keeps the dependence between the samples of one problem.
+    """
+    rng = np.random.default_rng([seed, len(values)])
+    means = values[rng.integers(0, len(values), size=(resamples, len(values)))].mean(axis=1)
+    return [float(x) for x in np.quantile(means, [0.025, 0.975])]
+
+
+def accuracy(run: Run, values: np.ndarray) -> dict[str, Any]:
+    """mean, ci95, n, and the same per level: values [problems] in the order of `held_out`."""
+    spec = run.config.evaluate
+    levels = np.array([p.level for p in run.held_out])
+
+    def figures(part: np.ndarray) -> dict[str, Any]:
+        ci95 = interval(part, spec.resamples, run.config.seed)
+        return {"mean": float(part.mean()), "ci95": ci95, "n": len(part)}
+
+    names = dict.fromkeys(p.level for p in sorted(run.held_out, key=lambda p: p.level))
+    return {**figures(values), "per_level": {name: figures(values[levels == name]) for name in names}}

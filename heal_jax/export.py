@@ -1,0 +1,55 @@
+"""Writing a model as a Hugging Face folder, and the student of a run into export/."""
+
+import json
+import shutil
+from pathlib import Path
+
+from heal_jax.evaluate import trained
+from heal_jax.model.config import config_json
+from heal_jax.model.lm import LanguageModel
+from heal_jax.model.weights import save_weights
+from heal_jax.run import Run
+
+# What a tokenizer may consist of; copied byte for byte, so that every engine reads what the source model shipped.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+
+
+def export(run: Run) -> None:
+    """The student after HEAL into DIR/export."""
+    run.require("train")
+    with run.work("export"):
+        save(trained(run, "heal"), run.root / "export")
+    run.directory.finish("export")
+
+
+def save(lm: LanguageModel, folder: Path) -> None:
+    """Write config.json, model.safetensors and the source tokenizer's files; a folder of that name is replaced.
+
+    Written beside it first and renamed, so that the folder is whole or not there.
+    """
+    partial, old = (folder.with_name(f".{folder.name}.{state}") for state in ("partial", "old"))
+    for leftover in (partial, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial.mkdir(parents=True)
+    dtype = str(lm.model.params["embed"][...].dtype)
+    config = config_json(lm.model.config, dtype, lm.tokenizer.eos_ids, lm.tokenizer.hf.pad_token_id)
+    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    for name in TOKENIZER_FILES:
+        if (lm.folder / name).is_file():
+            shutil.copyfile(lm.folder / name, partial / name)
+    save_weights(lm.model, partial / "model.safetensors")
+    if folder.exists():
+        folder.rename(old)
+    partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,122 @@
+"""Text to ids and back, and what the compiled graphs need to know of each token's text."""
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+
+import numpy as np
+
+from heal_jax.errors import InputError
+
+WHITE_SPACE = " \t\n\r\v\f"  # what makes a step blank; ASCII only, since wider white space may be split over tokens
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class NewlineTable:
+    """For each token id what its text contributes to runs of newlines. All [V]; counts are capped at 2.
+
+    lead, trail: newlines at the start and the end; only: nothing but newlines (lead = trail = their number), or no
+    text at all; inner: a run of two or more ends inside, before other text; blank: white space alone.
+    """
+
+    lead: np.ndarray  # int8
+    trail: np.ndarray  # int8
+    only: np.ndarray  # bool
+    inner: np.ndarray  # bool
+    blank: np.ndarray  # bool
+
+
+def newline_table(pieces: list[str]) -> NewlineTable:
+    """Tables from the text of each token."""
+    rows = []
+    for piece in pieces:
+        lead = len(piece) - len(piece.lstrip("\n"))
+        trail = len(piece) - len(piece.rstrip("\n"))
+        only = lead == len(piece)
+        inner = not only and "\n\n" in piece[lead : len(piece) - trail]
+        rows.append((min(lead, 2), min(trail, 2), only, inner or (lead >= 2 and not only), not piece.strip(WHITE_SPACE)))
+    lead, trail, only, inner, blank = (np.array(column) for column in zip(*rows))
+    return NewlineTable(lead.astype(np.int8), trail.astype(np.int8), only, inner, blank)
+
+
+class Tokenizer:
+    """A Hugging Face tokenizer folder: prompts, text, and the ids that end a rollout.
+
+    Raises InputError where the folder has no tokenizer, or one whose ids do not fit the model's vocabulary.
+    """
+
+    def __init__(self, folder: str | Path, vocab_size: int):
+        from transformers import AutoTokenizer  # two seconds: only where a model is used
+
+        self.folder = Path(folder)
+        try:
+            self.hf = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # the library raises many kinds for a broken folder
+            raise InputError(f"{folder}: no usable tokenizer ({' '.join(str(error).split())[:200]})") from None
+        if len(self.hf) > vocab_size:
+            raise InputError(
+                f"{folder}: the tokenizer has {len(self.hf)} tokens, the model {vocab_size}; "
+                "put the files of one model together"
+            )
+        self.vocab_size = vocab_size
+        self.eos_ids = self._eos_ids()
+        pad = self.hf.pad_token_id
+        self.pad_id: int = pad if pad is not None else self.eos_ids[0]
+
+    def _eos_ids(self) -> tuple[int, ...]:
+        """Every id that ends a turn: of the tokenizer, generation_config.json and config.json."""
+        ids = [self.hf.eos_token_id]
+        for name in ("generation_config.json", "config.json"):
+            path = self.folder / name
+            if path.is_file():
+                value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+                ids += value if isinstance(value, list) else [value]
+        found = tuple(dict.fromkeys(i for i in ids if i is not None))
+        if not found or any(not isinstance(i, int) or not 0 <= i < self.vocab_size for i in found):
+            raise InputError(f"{self.folder}: no valid eos_token_id in tokenizer, generation_config.json or config.json")
+        return found
+
+    def prompt(self, question: str) -> list[int]:
+        """Ids of a user turn up to where the assistant begins; the bare text where there is no chat template."""
+        if self.hf.chat_template is None:
+            return list(self.hf.encode(question))
+        turn = [{"role": "user", "content": question}]
+        return list(self.hf.apply_chat_template(turn, add_generation_prompt=True, tokenize=True, return_dict=False))
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of text inside a turn: no special tokens added."""
+        return list(self.hf.encode(text, add_special_tokens=False))
+
+    @functools.cached_property
+    def pieces(self) -> list[str]:
+        """The text that each id adds after other text, [V] strings; ids without a token add none."""
+        anchor = self.encode("a")[-1:]
+        head = len(self._decode(anchor))
+        known = len(self.hf)
+        return [self._decode([*anchor, i])[head:] if i < known else "" for i in range(self.vocab_size)]
+
+    @functools.cached_property
+    def newlines(self) -> NewlineTable:
+        return newline_table(self.pieces)
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.hf.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def without_eos(self, ids: list[int]) -> list[int]:
+        """The ids before the end-of-sequence token, where there is one at the end."""
+        return ids[:-1] if ids and ids[-1] in self.eos_ids else ids
+
+    def text(self, ids: list[int]) -> str:
+        """Text of a rollout, its EOS left out."""
+        return "".join(text for text, _ in self.spans(ids))
+
+    def spans(self, ids: list[int]) -> list[tuple[str, int]]:
+        """For each id of a rollout (EOS left out) the text it adds and where that begins in the whole text."""
+        ids = self.without_eos(ids)
+        texts = [self.pieces[i] for i in ids]
+        if any("\ufffd" in text for text in texts):  # parts of characters: only longer and longer prefixes tell
+            ends = [self._decode(ids[: i + 1]).rstrip("\ufffd") for i in range(len(ids))]
+            texts = [end[len(before) :] for before, end in zip(["", *ends], ends)]
+        starts = np.cumsum([0, *map(len, texts)])
+        return list(zip(texts, map(int, starts)))

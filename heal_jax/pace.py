@@ -1,0 +1,113 @@
+"""PACE, Progressive Answer-guided Curriculum Evolution (arXiv 2603.10359; DESIGN section 2).
+
+Plain Python on records: a few thousand candidates, no arrays.
+"""
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Sequence
+
+SOLVED_RATE = 0.5  # pass rate from which a problem is solved; below it is hard (DESIGN section 2, "Strata")
+STAGE_OF_KIND = {"base": 1, "hindsight": 2, "repair": 3}
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """One rollout as PACE sees it. `index` orders the rollouts of a run; score is S, None where not scored."""
+
+    rollout_id: str
+    problem_id: str
+    kind: str
+    index: int
+    grade: str
+    leaked: bool
+    sequence: tuple[int, ...]  # prompt and tokens, as the student will see them
+    score: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """stage 0: in no stage."""
+
+    rollout_id: str
+    stage: int
+    kept: bool
+    reason: str
+
+
+def stratum(correct: int, n: int, max_correct: int) -> str:
+    """solved, hard or unsolved (the hard end of hard: both at once, named by the narrower)."""
+    if correct / n >= SOLVED_RATE:
+        return "solved"
+    return "unsolved" if correct <= max_correct else "hard"
+
+
+def curate(
+    candidates: Sequence[Candidate], strata: dict[str, str], threshold: float, per_problem: int
+) -> list[Decision]:
+    """A decision and its reason for every candidate, in the order given.
+
+    Stage 1: correct base rollouts. Stage 2: correct hindsight rollouts of hard problems that PURE keeps. Stage 3:
+    correct repairs of unsolved problems that PURE keeps. Identical sequences count once over all stages (the earliest
+    stage has them), and of each problem at most `per_problem` a stage, the lowest S first, stage 1 by index.
+    """
+    refused = {c.rollout_id: reason for c in candidates if (reason := _refusal(c, strata, threshold))}
+    passed = [c for c in candidates if c.rollout_id not in refused]
+
+    def order(c: Candidate) -> tuple[int, float, int]:
+        stage = STAGE_OF_KIND[c.kind]
+        return stage, 0.0 if stage == 1 or c.score is None else c.score, c.index
+
+    seen: dict[tuple[int, ...], str] = {}
+    room: dict[tuple[str, int], int] = defaultdict(lambda: per_problem)
+    kept: dict[str, int] = {}
+    for c in sorted(passed, key=order):
+        stage = STAGE_OF_KIND[c.kind]
+        if c.sequence in seen:
+            refused[c.rollout_id] = f"same tokens as {seen[c.sequence]}"
+            continue
+        seen[c.sequence] = c.rollout_id
+        if room[c.problem_id, stage] == 0:
+            refused[c.rollout_id] = f"over the {per_problem} examples of a problem in stage {stage}"
+            continue
+        room[c.problem_id, stage] -= 1
+        kept[c.rollout_id] = stage
+    return [
+        Decision(c.rollout_id, kept[c.rollout_id], True, "kept")
+        if c.rollout_id in kept
+        else Decision(c.rollout_id, 0, False, refused[c.rollout_id])
+        for c in candidates
+    ]
+
+
+def _refusal(c: Candidate, strata: dict[str, str], threshold: float) -> str:
+    """Why a candidate cannot be in its stage; empty where it can."""
+    if c.grade != "correct":
+        return c.grade
+    if c.leaked:
+        return "talks about the hint"
+    if c.kind == "base":
+        return ""
+    stratum = strata[c.problem_id]
+    if c.kind == "hindsight" and stratum == "solved":
+        return "problem is solved"
+    if c.kind == "repair" and stratum != "unsolved":
+        return "problem is not unsolved"
+    if c.score is None or not c.score <= threshold:
+        return f"PURE {'not scored' if c.score is None else format(c.score, '.3f')} > {threshold:g}"
+    return ""
+
+
+def phases(order: str, stages: Sequence[Sequence[str]]) -> list[list[int]]:
+    """Which stages (0, 1, 2) each stretch of training draws from; empty stages have none.
+
+    cumulative: stage k trains on stages 1..k; separate: on its own alone; shuffled: all together, once.
+    """
+    present = [i for i, stage in enumerate(stages) if len(stage)]
+    if order == "cumulative":
+        return [[j for j in present if j <= i] for i in present]
+    if order == "separate":
+        return [[i] for i in present]
+    if order == "shuffled":
+        return [present] if present else []
+    raise ValueError(f"order {order!r}")

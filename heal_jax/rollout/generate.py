@@ -1,0 +1,141 @@
+"""From contexts to rollouts: padding, buckets, fixed batches, device and back."""
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from heal_jax.model.lm import LanguageModel
+from heal_jax.model.mesh import put_batch
+from heal_jax.rollout.decode import key_words, roll_out, score
+from heal_jax.rollout.sampling import Rule
+from heal_jax.rollout.steps import find_steps
+
+BUCKET = 32  # lengths are rounded up to multiples of this, so that few shapes are compiled
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Rollouts that share a context: ids seed their randomness; budget bounds the new tokens of each."""
+
+    context: tuple[int, ...]
+    hint: tuple[int, ...]
+    rollout_ids: tuple[str, ...]
+    budget: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoded:
+    """One rollout on the host: tokens [n] int32, entropy, logprob, sampling_logprob [n] float32."""
+
+    rollout_id: str
+    tokens: np.ndarray
+    entropy: np.ndarray
+    logprob: np.ndarray
+    sampling_logprob: np.ndarray
+    finish: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """The static shape of a stage's batches: contexts a batch, rollouts a context, lengths in tokens."""
+
+    contexts: int
+    repeats: int
+    context_length: int
+    hint_length: int
+    max_new: int
+
+
+def bucket(length: int) -> int:
+    """The next multiple of BUCKET, at least one."""
+    return max(1, -(-length // BUCKET)) * BUCKET
+
+
+def key_of(name: str) -> np.ndarray:
+    """The PRNG key of whatever has this name: [2] uint32."""
+    return key_words(hashlib.sha256(name.encode()).digest())
+
+
+def pad_rows(rows: Sequence[Sequence[int]], width: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Right-padded [count, width] int32 and lengths [count] int32; rows beyond the given ones repeat the first."""
+    tokens, length = np.zeros((count, width), np.int32), np.zeros(count, np.int32)
+    for i in range(count):
+        row = rows[i] if i < len(rows) else rows[0]
+        tokens[i, : len(row)] = row
+        length[i] = len(row)
+    return tokens, length
+
+
+def generate(lm: LanguageModel, groups: Sequence[Group], shape: Shape, rules: tuple[Rule, ...]) -> list[list[Decoded]]:
+    """Decode one batch: at most shape.contexts groups of shape.repeats rollouts -> the rollouts of each group."""
+    context, context_length = pad_rows([g.context for g in groups], shape.context_length, shape.contexts)
+    hint, hint_length = pad_rows([g.hint for g in groups], shape.hint_length, shape.contexts)
+    rows = shape.contexts * shape.repeats
+    keys, budget = np.zeros((rows, 2), np.uint32), np.zeros(rows, np.int32)
+    for i, group in enumerate(groups):
+        for j, rollout_id in enumerate(group.rollout_ids):
+            keys[i * shape.repeats + j] = key_of(rollout_id)
+            budget[i * shape.repeats + j] = min(group.budget, shape.max_new)
+    arrays = put_batch(lm.mesh, (context, context_length, hint, hint_length, keys, budget))
+    out = roll_out(
+        lm.model.graph,
+        lm.model.params,
+        *arrays,
+        lm.eos_ids,
+        rules=rules,
+        repeats=shape.repeats,
+        max_new=bucket(shape.max_new),
+    )
+    tokens, entropy, logprob, sampling, length, stopped = jax.device_get(out)
+
+    def decoded(row: int, rollout_id: str) -> Decoded:
+        n = int(length[row])
+        finish = "stop" if stopped[row] else "length"
+        return Decoded(rollout_id, tokens[row, :n], entropy[row, :n], logprob[row, :n], sampling[row, :n], finish)
+
+    return [
+        [decoded(i * shape.repeats + j, rollout_id) for j, rollout_id in enumerate(group.rollout_ids)]
+        for i, group in enumerate(groups)
+    ]
+
+
+def score_sequences(
+    lm: LanguageModel, sequences: Sequence[tuple[int, ...]], width: int, rows: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Teacher-forced log-probability and entropy of every token of each sequence, [n] float32 each.
+
+    Identical sequences are computed once, in batches of [rows, width].
+    """
+    distinct = list(dict.fromkeys(sequences))
+    found: dict[tuple[int, ...], tuple[np.ndarray, np.ndarray]] = {}
+    for start in range(0, len(distinct), rows):
+        part = distinct[start : start + rows]
+        tokens, _ = pad_rows(part, width, rows)
+        logprob, entropy = jax.device_get(score(lm.model.graph, lm.model.params, put_batch(lm.mesh, tokens)))
+        found |= {seq: (logprob[i, : len(seq)], entropy[i, : len(seq)]) for i, seq in enumerate(part)}
+    return [found[sequence] for sequence in sequences]
+
+
+def split_steps(
+    lm: LanguageModel, rollouts: Sequence[Sequence[int]], width: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Steps of rollouts on the host: index [N, width] int32, starts [N, width] bool, count [N] int32.
+
+    In batches of one shape (256 rows), padded.
+    """
+    rows, parts = 256, []
+    for start in range(0, len(rollouts), rows):
+        part = [list(tokens) for tokens in rollouts[start : start + rows]]
+        tokens, length = pad_rows(part, width, rows)
+        text_length = [len(lm.tokenizer.without_eos(t)) for t in part]
+        text_length += [text_length[0]] * (rows - len(part))
+        steps = find_steps(lm.tokenizer.newlines, jnp.asarray(tokens), length, np.asarray(text_length, np.int32))
+        parts.append([np.asarray(x)[: len(part)] for x in steps])
+    if not parts:
+        return np.zeros((0, width), np.int32), np.zeros((0, width), bool), np.zeros(0, np.int32)
+    index, starts, count = (np.concatenate(column) for column in zip(*parts))
+    return index, starts, count

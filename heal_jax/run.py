@@ -1,0 +1,219 @@
+"""A run: configuration, problems, models and directory, checked before anything is written."""
+
+import contextlib
+import dataclasses
+import fcntl
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import yaml
+
+from heal_jax import __version__
+from heal_jax.config import Config, dump, flatten, to_dict, validate
+from heal_jax.errors import InputError, RunError
+from heal_jax.model.config import decoder_config
+from heal_jax.model.lm import LanguageModel, open_model, open_tokenizer, resolve
+from heal_jax.model.mesh import make_mesh
+from heal_jax.model.tokenizer import Tokenizer
+from heal_jax.problems.grading import Grader
+from heal_jax.problems.sources import Problem, check_disjoint, load
+from heal_jax.progress import Progress
+from heal_jax.rollout.generate import bucket
+from heal_jax.store import RunDirectory, folder_sha256, write_text
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "tensorflow-datasets")
+FREE_BYTES = 1 << 30  # what a run may leave behind on a small configuration, with room to spare
+
+
+@dataclasses.dataclass
+class Run:
+    """What every stage works with. Models are loaded when first used."""
+
+    config: Config
+    directory: RunDirectory
+    problems: list[Problem]
+    held_out: list[Problem]
+    grader: Grader
+    progress: Progress
+
+    @property
+    def root(self) -> Path:
+        return self.directory.root
+
+    @functools.cached_property
+    def mesh(self) -> jax.sharding.Mesh:
+        return make_mesh(dataclasses.asdict(self.config.mesh))
+
+    @functools.cached_property
+    def teacher(self) -> LanguageModel:
+        return open_model(self.config.teacher, self.mesh)
+
+    @functools.cached_property
+    def student(self) -> LanguageModel:
+        """The student before training."""
+        return open_model(self.config.student, self.mesh)
+
+    @functools.cached_property
+    def by_id(self) -> dict[str, Problem]:
+        return {problem.id: problem for problem in (*self.problems, *self.held_out)}
+
+    def require(self, *stages: str) -> None:
+        """Raises InputError where an earlier stage has not finished."""
+        for stage in stages:
+            if self.directory.done(stage) is None:
+                raise InputError(f"{self.root}: stage {stage} has not finished; run `heal {stage}` or `heal run` first")
+
+    @contextlib.contextmanager
+    def work(self, stage: str, tokens: list[int] | None = None) -> Iterator[None]:
+        """Adds the seconds inside (and what was put in `tokens`) to the stage's account in the manifest."""
+        start = time.perf_counter()
+        yield
+        account = self.directory.manifest.setdefault("work", {}).setdefault(stage, {"seconds": 0.0, "tokens": 0})
+        account["seconds"] = round(account["seconds"] + time.perf_counter() - start, 3)
+        account["tokens"] += sum(tokens or ())
+
+    def log(self, event: str, **values: Any) -> None:
+        """Append one line to metrics.jsonl. A torn last line of an interrupted run is closed first."""
+        path = self.root / "metrics.jsonl"
+        with open(path, "a+b") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":
+                    file.write(b"\n")
+            file.write((json.dumps({"event": event, **values}) + "\n").encode())
+
+
+@contextlib.contextmanager
+def open_run(config: Config, out: Path, progress: Progress) -> Iterator[Run]:
+    """Check everything, then create or reopen the directory.
+
+    Raises InputError, with nothing written, for a bad config, problem file or model folder, problems that are also
+    held out, prompts too long for a model, too little disk, and a directory made with another config.
+    """
+    validate(config)
+    problems = load(config.problems, config.grade.by)
+    held_out = load(config.evaluate.problems, config.grade.by)
+    check_disjoint(problems, held_out)
+    teacher, student = resolve(config.teacher), resolve(config.student)
+    tokenizer = open_tokenizer(teacher)
+    _same_vocabulary(tokenizer, open_tokenizer(student))
+    _fits(config, tokenizer, [*problems, *held_out], (teacher, student))
+    directory = RunDirectory(out)
+    facts = {
+        "models": {
+            name: {"path": str(folder), "sha256": folder_sha256(folder), "vocab_size": decoder_config(folder).vocab_size}
+            for name, folder in (("teacher", teacher), ("student", student))
+        },
+        "problems": _hash([(p.id, p.question, p.answer) for p in (*problems, *held_out)]),
+    }
+    _same_as_before(config, directory, facts)
+    parent = next(p for p in (out, *out.absolute().parents) if p.exists())
+    if not os.access(parent, os.W_OK) or (out.exists() and not out.is_dir()):
+        raise InputError(f"{out}: cannot be written; give another --out")
+    if (free := shutil.disk_usage(parent).free) < FREE_BYTES:
+        raise InputError(f"{out}: {free >> 20} MiB of disk are free, {FREE_BYTES >> 20} are wanted; free some space")
+    out.mkdir(parents=True, exist_ok=True)
+    with _lock(out), Grader(config.grade) as grader:
+        if not (out / "config.yaml").is_file():
+            write_text(out / "config.yaml", dump(config))
+        run = Run(config, directory, problems, held_out, grader, progress)
+        directory.update(
+            heal_jax=__version__,
+            versions={name: importlib.metadata.version(name) for name in PACKAGES},
+            python=platform.python_version(),
+            device={"kind": jax.devices()[0].device_kind, "count": jax.device_count(), "processor": _processor()},
+            mesh=dict(run.mesh.shape),
+            threads=int(os.environ.get("NPROC", os.cpu_count() or 1)),
+            seeds={"run": config.seed, "problems": config.problems.seed, "evaluate": config.evaluate.problems.seed},
+            **facts,
+        )
+        yield run
+
+
+def _hash(data: Any) -> str:
+    return hashlib.sha256(json.dumps(data).encode()).hexdigest()
+
+
+def _processor() -> str:
+    """The processor's model name: rounding may differ between types."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _same_vocabulary(teacher: Tokenizer, student: Tokenizer) -> None:
+    if teacher.hf.get_vocab() != student.hf.get_vocab() or teacher.eos_ids != student.eos_ids:
+        raise InputError(
+            f"{teacher.folder} and {student.folder}: teacher and student must share vocabulary and EOS; "
+            "use a student of the teacher's family"
+        )
+
+
+def _fits(config: Config, tokenizer: Tokenizer, problems: list[Problem], folders: tuple[Path, Path]) -> None:
+    """Longest context and rollout against the models' positions."""
+    hint = max(len(tokenizer.encode(hint_text(config, p))) for p in problems)
+    shown = max(len(tokenizer.prompt(hindsight_question(config, p))) for p in problems)
+    need = bucket(shown) + bucket(hint) + bucket(config.sample.max_new_tokens)
+    for folder in folders:
+        if need > (have := decoder_config(folder).max_positions):
+            raise InputError(
+                f"{folder}: {need} positions are needed (prompt {shown}, hint {hint}, {config.sample.max_new_tokens} "
+                f"new tokens), the model has {have}; lower sample.max_new_tokens or leave out long problems"
+            )
+
+
+def hindsight_question(config: Config, problem: Problem) -> str:
+    """The question with the answer in view."""
+    # The answer first, by replace: questions and answers may hold braces.
+    return config.hindsight.prompt.replace("{answer}", problem.answer).replace("{question}", problem.question)
+
+
+def hint_text(config: Config, problem: Problem) -> str:
+    """What follows the kept prefix in the teacher's context."""
+    return config.gear.hint.replace("{answer}", problem.answer)
+
+
+def _same_as_before(config: Config, directory: RunDirectory, facts: dict[str, Any]) -> None:
+    """Raises InputError where the directory was made with another config, other models or other problems."""
+    path = directory.root / "config.yaml"
+    if path.is_file():
+        try:
+            old = flatten(yaml.safe_load(path.read_text(encoding="utf-8")))
+        except (yaml.YAMLError, UnicodeDecodeError):
+            raise InputError(f"{path}: damaged; restore it or use another --out") from None
+        new = flatten(to_dict(config))
+        changes = [
+            f"{key}: {old.get(key, '(absent)')!r} -> {new.get(key, '(absent)')!r}"
+            for key in dict.fromkeys([*old, *new])
+            if old.get(key) != new.get(key)
+        ]
+        if changes:
+            raise InputError(f"{directory.root}: made with another config ({'; '.join(changes)}); use another --out")
+    for key, value in facts.items():
+        before = directory.manifest.get(key)
+        if before is not None and before != value:
+            raise InputError(f"{directory.root}: its {key} have changed since it was begun; use another --out")
+
+
+@contextlib.contextmanager
+def _lock(out: Path) -> Iterator[None]:
+    """One process a directory. Raises RunError where another one works in it."""
+    with open(out / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RunError(f"{out}: another process is working in it; wait for it or use another --out") from None
+        yield

@@ -1,0 +1,151 @@
+"""Training data: PACE stages as tensorflow-datasets (ArrayRecord), batches through Grain.
+
+TensorFlow itself is never imported. A stage's folder is the dataset's own: `tfds.builder_from_directory` opens it.
+"""
+
+import contextlib
+import dataclasses
+import io
+import itertools
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import grain
+import numpy as np
+import tensorflow_datasets as tfds
+
+from heal_jax.errors import InputError
+
+BUCKET = 32  # lengths are multiples of this: few distinct programs, and a multiple of the vector units' lanes
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """tokens: prompt and target, EOS included; the first prompt_length of them are given, the rest is learned.
+
+    Raises ValueError where there is nothing to learn or no prompt (nothing would predict the first token).
+    """
+
+    rollout_id: str
+    problem_id: str
+    kind: str
+    tokens: tuple[int, ...]
+    prompt_length: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.prompt_length < len(self.tokens):
+            raise ValueError(
+                f"example {self.rollout_id}: prompt of {self.prompt_length} in {len(self.tokens)} tokens; "
+                "a prompt and something to learn after it are expected"
+            )
+
+
+class Pace(tfds.core.GeneratorBasedBuilder):
+    """Training examples of one PACE stage, in order."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def __init__(self, stage: int, examples: Sequence[Example], **kwargs: Any):
+        self.stage, self.examples = stage, examples
+        super().__init__(**kwargs)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        features = {
+            "rollout_id": tfds.features.Text(),
+            "problem_id": tfds.features.Text(),
+            "kind": tfds.features.Text(),
+            "tokens": tfds.features.Tensor(shape=(None,), dtype=np.int32),
+            "prompt_length": tfds.features.Scalar(np.int32),
+        }
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=f"PACE stage {self.stage}: prompt and target tokens, in the order of curation.",
+            features=tfds.features.FeaturesDict(features),
+            disable_shuffling=True,
+        )
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        for index, example in enumerate(self.examples):
+            yield index, vars(example) | {"tokens": np.asarray(example.tokens, np.int32)}
+
+
+def write_stage(folder: Path, stage: int, examples: Sequence[Example]) -> None:
+    """Write a stage into its folder (such as curriculum/stage1), split "train", replacing what is there.
+
+    It is written beside the folder and renamed, so that a folder is a whole stage or absent.
+    Raises ValueError for an empty stage, which has no folder.
+    """
+    if not examples:
+        raise ValueError(f"stage {stage} has no examples: an empty stage has no folder")
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    tfds.disable_progress_bar()
+    with contextlib.redirect_stdout(io.StringIO()):  # tfds announces itself
+        builder = Pace(stage, examples, data_dir=partial)
+        builder.download_and_prepare(file_format="array_record")
+    if folder.exists():
+        shutil.rmtree(folder)
+    Path(builder.data_dir).rename(folder)
+    shutil.rmtree(partial)
+
+
+def read_stage(folder: Path) -> list[Example]:
+    """The examples of a stage, in order. Raises InputError where the folder holds no stage."""
+    if not (folder / "dataset_info.json").is_file():
+        raise InputError(f"{folder}: no stage of a curriculum here (no dataset_info.json); run `heal curate` first")
+    source = tfds.builder_from_directory(folder).as_data_source(split="train")
+    return [
+        Example(
+            rollout_id=row["rollout_id"].decode(),
+            problem_id=row["problem_id"].decode(),
+            kind=row["kind"].decode(),
+            tokens=tuple(row["tokens"].tolist()),
+            prompt_length=int(row["prompt_length"]),
+        )
+        for row in source
+    ]
+
+
+def fit(examples: Sequence[Example], length: int) -> tuple[list[Example], int]:
+    """The examples of at most `length` tokens, and how many were longer (never cut: a cut one lacks its EOS)."""
+    kept = [example for example in examples if len(example.tokens) <= length]
+    return kept, len(examples) - len(kept)
+
+
+def bucket(examples: Sequence[Example]) -> int:
+    """The smallest multiple of 32 that holds the longest example: one length, so one compilation, for a whole training.
+
+    Raises ValueError without examples.
+    """
+    return -(-max(len(example.tokens) for example in examples) // BUCKET) * BUCKET
+
+
+def batches(
+    examples: Sequence[Example], rows: int, length: int, seed: int, pad_id: int, skip: int = 0
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Endless batches from the skip-th on: tokens [rows, length] int32 and loss mask [rows, length] bool.
+
+    Every epoch is a new order, fixed by seed (0 <= seed < 2**32); a batch goes on over the end of an epoch. Rows are
+    padded on the right. The mask is set from prompt_length to the last token (EOS included), by lengths and never by
+    token ids: an EOS or a sampled token that equals pad_id is learned. Raises ValueError without examples and for one
+    longer than `length`.
+    """
+    if not examples:
+        raise ValueError("no examples to make batches of")
+    if max(len(example.tokens) for example in examples) > length:
+        raise ValueError(f"an example is longer than {length} tokens: use fit first")
+
+    def row(example: Example) -> tuple[np.ndarray, np.ndarray]:
+        tokens = np.full(length, pad_id, np.int32)
+        tokens[: len(example.tokens)] = example.tokens
+        mask = np.zeros(length, bool)
+        mask[example.prompt_length : len(example.tokens)] = True
+        return tokens, mask
+
+    stream = grain.MapDataset.source(examples).seed(seed).shuffle().map(row).repeat().batch(rows)
+    return (stream[index] for index in itertools.count(skip))

@@ -1,0 +1,249 @@
+"""Training in phases, with checkpoints that any interruption goes on from to the same weights.
+
+A phase is a stretch of optimizer steps on one list of examples. Optimizer state and learning rate run through all
+phases. Which batch and which rate a step has follows from the global step alone, so weights, optimizer state and step
+are the whole state.
+"""
+
+import dataclasses
+import functools
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from orbax.checkpoint import v1 as ocp
+
+from heal_jax.config import TrainSpec
+from heal_jax.errors import RunError
+from heal_jax.model.decoder import Model
+from heal_jax.model.mesh import put_batch
+from heal_jax.model.weights import shardings
+from heal_jax.train.data import Example, batches
+from heal_jax.train.step import train_step
+
+LOG_EVERY = 10  # steps
+KEEP = 2  # checkpoints: the latest, and the one before in case the latest is damaged
+FINAL_RATE = 0.1  # of the peak: the last stage, the repairs, comes at the end and must still be learned
+B2 = 0.95  # remembers about 20 steps: short runs, and a new stage changes the size of the gradients
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """`steps` optimizer steps on `examples`. The name is for the log."""
+
+    name: str
+    examples: Sequence[Example]
+    steps: int
+
+
+def stage_steps(shares: tuple[float, float, float], total: int, sizes: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Split `total` optimizer steps between stages of these sizes (examples); the sum is exactly `total`.
+
+    An empty stage's share goes to the others in proportion. Largest remainders, ties to the earlier stage.
+    Raises RunError where no stage has both examples and a share.
+    """
+    weights = [Fraction(share) if size else Fraction(0) for share, size in zip(shares, sizes, strict=True)]
+    if not sum(weights):
+        raise RunError(
+            f"there is nothing to train on: stages of {', '.join(map(str, sizes))} examples "
+            f"with pace.steps {list(shares)}; sample more problems or loosen what drops the rollouts"
+        )
+    exact = [total * weight / sum(weights) for weight in weights]
+    steps = [math.floor(x) for x in exact]
+    for i in sorted(range(len(steps)), key=lambda i: steps[i] - exact[i])[: total - sum(steps)]:
+        steps[i] += 1
+    return steps[0], steps[1], steps[2]
+
+
+def schedule(spec: TrainSpec, total_steps: int) -> optax.Schedule:
+    """Learning rate by step, from 0: w warm-up steps from peak / w to the peak, then cosine to 10 % of it, or the peak."""
+    warmup = max(1, round(spec.warmup * total_steps))
+    final = FINAL_RATE if spec.schedule == "cosine" else 1.0
+    peak = spec.learning_rate
+    return optax.warmup_cosine_decay_schedule(peak / warmup, peak, warmup - 1, total_steps, final * peak)
+
+
+@functools.cache
+def optimizer(spec: TrainSpec, total_steps: int) -> optax.GradientTransformation:
+    """Clipping by global norm and AdamW; norm weights (vectors) do not decay.
+
+    The same object for the same arguments: the optimizer is a static argument of the compiled step, so both students
+    share one program.
+    """
+    return optax.chain(
+        optax.clip_by_global_norm(spec.clip_norm),
+        optax.adamw(
+            schedule(spec, total_steps),
+            b2=B2,
+            weight_decay=spec.weight_decay,
+            mask=lambda params: jax.tree.map(lambda x: x.ndim > 1, params),
+        ),
+    )
+
+
+@dataclasses.dataclass
+class _Progress:
+    """What training has done: optimizer steps, tokens (padding not counted), tokens in the loss, seconds."""
+
+    step: int = 0
+    tokens: int = 0
+    loss_tokens: int = 0
+    seconds: float = 0.0
+
+
+def train(
+    model: Model,
+    phases: Sequence[Phase],
+    spec: TrainSpec,
+    *,
+    length: int,
+    pad_id: int,
+    seed: int,
+    folder: Path,
+    checkpoint_seconds: float,
+    mesh: Mesh | None,
+    log: Callable[[dict[str, Any]], None],
+) -> Model:
+    """Train a copy of `model` through the phases; goes on from the latest committed checkpoint in `folder`.
+
+    Batches are [spec.batch, length]; no example may be longer. The master weights are float32, the forward and backward
+    pass is in the model's dtype, and so is what is returned. A checkpoint is written at the end of every phase and when
+    `checkpoint_seconds` have passed; all of them are on disk on return. An interrupted training that is called again
+    with the same arguments ends with the same bits; a finished one is only restored.
+
+    `log` gets step (from 1, over all phases), phase, loss (nats a token), grad_norm (before clipping), learning_rate,
+    and, summed from step 1 on over all attempts, tokens (padding not counted), loss_tokens and seconds; every 10 steps
+    and at each phase's last. Raises RunError where there is nothing to train on, where the loss or the gradient is not
+    finite, where a batch has no token to learn, and where `folder` holds the checkpoints of another training.
+    """
+    total = sum(phase.steps for phase in phases)
+    if total == 0 or any(phase.steps and not phase.examples for phase in phases):
+        raise RunError("there is nothing to train on: no phase has optimizer steps, or one has steps but no examples")
+    transform, rate = optimizer(spec, total), schedule(spec, total)
+    dtype = jax.tree.leaves(model.params)[0].dtype
+    target = _abstract_state(model, transform, mesh)
+    leaves = jax.tree.leaves((target["params"], target["opt_state"]))
+    pinned = None if mesh is None else tuple(leaf.sharding for leaf in leaves)
+    folder = folder.resolve()
+    _remove_torn(folder)
+    with ocp.training.Checkpointer(
+        folder, preservation_policy=ocp.training.preservation_policies.LatestN(KEEP)
+    ) as checkpointer:
+        if checkpointer.latest is None:
+            state, progress = _initial_state(model, transform, target), _Progress()
+        else:
+            state, progress = _restore(checkpointer, target)
+        if progress.step > total:
+            raise RunError(f"{folder}: holds step {progress.step}, of a training longer than {total} steps; remove it")
+        clock = time.monotonic() - progress.seconds
+        saved_at = time.monotonic()
+        for phase, step, ends, tokens, mask in _steps(phases, progress.step, spec.batch, length, seed, pad_id):
+            if not mask.any():
+                raise RunError(f"training step {step} ({phase}): the batch has no token to learn; look at its examples")
+            batch = put_batch(mesh, (tokens, mask))
+            params, opt_state, metrics = train_step(
+                model.graph, transform, state["params"], state["opt_state"], *batch, dtype, pinned
+            )
+            state = {"params": params, "opt_state": opt_state}
+            loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
+            if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+                raise RunError(
+                    f"training step {step} ({phase}): loss {loss}, gradient norm {grad_norm}; "
+                    "lower train.learning_rate or raise train.warmup, and start this training anew"
+                )
+            progress = _Progress(
+                step=step,
+                # A row's last real token is one to learn, so the mask alone tells padding.
+                tokens=progress.tokens + int((length - mask[:, ::-1].argmax(axis=1)).sum()),
+                loss_tokens=progress.loss_tokens + int(mask.sum()),
+                seconds=time.monotonic() - clock,
+            )
+            if ends or step % LOG_EVERY == 0:
+                measured = {"loss": loss, "grad_norm": grad_norm, "learning_rate": float(rate(step - 1))}
+                log({"phase": phase, **measured, **dataclasses.asdict(progress)})
+            if ends or _agreed(time.monotonic() - saved_at >= checkpoint_seconds):
+                checkpointer.save_async(step, state, force=True, custom_metadata=dataclasses.asdict(progress))
+                saved_at = time.monotonic()
+        checkpointer.wait()
+    params = jax.tree.map(lambda new, old: new.astype(old.dtype), state["params"], model.params)
+    return dataclasses.replace(model, params=params)
+
+
+def _steps(
+    phases: Sequence[Phase], done: int, rows: int, length: int, seed: int, pad_id: int
+) -> Iterator[tuple[str, int, bool, np.ndarray, np.ndarray]]:
+    """The steps after the first `done`: phase, step (from 1), whether it ends the phase, tokens, loss mask."""
+    end = 0
+    for index, phase in enumerate(phases):
+        start, end = end, end + phase.steps
+        if done >= end:
+            continue
+        order = int(np.random.SeedSequence([seed % 2**64, index]).generate_state(1)[0])
+        stream = batches(phase.examples, rows, length, order, pad_id, skip=max(0, done - start))
+        for step in range(max(done, start) + 1, end + 1):
+            yield phase.name, step, step == end, *next(stream)
+
+
+def _abstract_state(model: Model, transform: optax.GradientTransformation, mesh: Mesh | None) -> dict[str, Any]:
+    """Shapes, dtypes and shardings of {params, opt_state}; float32 weights, moments sharded like their weights."""
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), model.params)
+    opt_state = jax.eval_shape(transform.init, params)
+    if mesh is None:
+        whole: Any = SingleDeviceSharding(jax.local_devices()[0])
+        places = jax.tree.map(lambda _: whole, (params, opt_state))
+    else:
+        whole = NamedSharding(mesh, PartitionSpec())
+        of_params = shardings(model, mesh)
+        of_moments = optax.tree_utils.tree_map_params(
+            transform, lambda _, place: place, opt_state, of_params, transform_non_params=lambda _: whole
+        )
+        places = of_params, of_moments
+    params, opt_state = jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), (params, opt_state), places
+    )
+    return {"params": params, "opt_state": opt_state}
+
+
+def _initial_state(model: Model, transform: optax.GradientTransformation, target: dict[str, Any]) -> dict[str, Any]:
+    """A copy of the model's weights (steps donate theirs) and a fresh optimizer state, placed as in `target`."""
+    params = jax.tree.map(
+        lambda x, t: jax.device_put(x.astype(t.dtype), t.sharding, may_alias=False), model.params, target["params"]
+    )
+    places = jax.tree.map(lambda t: t.sharding, target["opt_state"])
+    return {"params": params, "opt_state": jax.jit(transform.init, out_shardings=places)(params)}
+
+
+def _restore(checkpointer: ocp.training.Checkpointer, target: dict[str, Any]) -> tuple[dict[str, Any], _Progress]:
+    """The latest checkpoint, onto the shardings of `target`. Raises RunError where it does not fit."""
+    latest = checkpointer.latest
+    try:
+        state = checkpointer.load(latest, target)
+        progress = _Progress(**checkpointer.metadata(latest).custom_metadata)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise RunError(
+            f"{latest.path}: not a checkpoint of this training ({reason}); remove it to go on from the one before"
+        ) from error
+    return state, progress
+
+
+def _remove_torn(folder: Path) -> None:
+    """Remove steps without Orbax's commit file: a save or a copy was cut short, yet Orbax may list it as whole."""
+    for step in folder.glob("[0-9]*"):
+        if not (step / "commit_success.txt").is_file():
+            shutil.rmtree(step, ignore_errors=True)
+
+
+def _agreed(due: bool) -> bool:
+    """The first process decides for all: their clocks differ, and a save needs every one of them."""
+    return bool(multihost_utils.broadcast_one_to_all(np.asarray(due))) if jax.process_count() > 1 else due
