@@ -66,7 +66,7 @@ def stage_steps(shares: tuple[float, float, float], total: int, sizes: tuple[int
 
 
 def schedule(spec: TrainSpec, total_steps: int) -> optax.Schedule:
-    """Learning rate by step, from 0: w warm-up steps from peak / w to the peak, then cosine to 10 % of it, or the peak."""
+    """Learning rate by step, from 0: w warm-up steps from peak / w to the peak, then cosine to 10 % or constant."""
     warmup = max(1, round(spec.warmup * total_steps))
     final = FINAL_RATE if spec.schedule == "cosine" else 1.0
     peak = spec.learning_rate
@@ -186,7 +186,7 @@ def _steps(
     end = 0
     for index, phase in enumerate(phases):
         start, end = end, end + phase.steps
-        if done >= end:
+        if done >= end or start == end:
             continue
         order = int(np.random.SeedSequence([seed % 2**64, index]).generate_state(1)[0])
         stream = batches(phase.examples, rows, length, order, pad_id, skip=max(0, done - start))

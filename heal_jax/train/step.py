@@ -53,7 +53,7 @@ def train_step(
     """
     loss, grads = jax.value_and_grad(loss_fn)(params, graph, tokens, loss_mask, dtype)
     updates, opt_state = optimizer.update(grads, opt_state, params)
-    metrics = {"loss": loss, "grad_norm": optax.global_norm(grads)}
+    metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
     params = optax.apply_updates(params, updates)
     if shardings is not None:
         leaves, tree = jax.tree.flatten((params, opt_state))

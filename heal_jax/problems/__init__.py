@@ -1,0 +1,1 @@
+"""Problems, the answers found in rollouts, and their grades."""

@@ -1,0 +1,135 @@
+"""What a run directory holds so far. What is not there yet is empty; what cannot be read is named in `notes`."""
+
+import dataclasses
+import json
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from heal_jax import config
+from heal_jax.errors import InputError
+from heal_jax.model.tokenizer import Tokenizer
+from heal_jax.store import DECISIONS, EVALUATION, PROBLEMS, ROLLOUTS, RunDirectory, read_json, read_table
+
+KINDS = ("base", "hindsight", "repair")
+
+
+@dataclasses.dataclass
+class RunData:
+    """A run, finished or not. `config` is None where config.yaml is not there or does not fit this version."""
+
+    root: Path
+    config: config.Config | None
+    manifest: dict[str, Any]
+    problems: dict[str, dict[str, Any]]  # by id
+    rollouts: pa.Table
+    decisions: dict[str, dict[str, Any]]  # by rollout_id
+    evaluation: pa.Table
+    training: list[dict[str, Any]]  # metrics.jsonl, event train
+    summary: dict[str, Any]
+    tokenizer: Tokenizer | None
+    notes: list[str]
+
+    @property
+    def settings(self) -> config.Config:
+        """The run's config, or the defaults where it could not be read."""
+        return self.config or config.Config()
+
+    def rollout(self, rollout_id: str | None) -> dict[str, Any] | None:
+        """The row of a rollout, or None."""
+        found = self.rollouts.filter(pc.equal(self.rollouts["rollout_id"], pa.scalar(rollout_id, pa.string())))
+        return found.to_pylist()[0] if found.num_rows else None
+
+    def question(self, row: dict[str, Any]) -> str:
+        """The question of a rollout's problem; where problems.parquet is not there, its prompt."""
+        problem = self.problems.get(row["problem_id"])
+        if problem is not None:
+            return problem["question"] or ""
+        try:
+            return self.tokenizer.text(row["prompt_tokens"]) if self.tokenizer else ""
+        except IndexError:  # another tokenizer than the run's
+            return ""
+
+    def outcomes(self) -> list[tuple[str, str, str, dict[str, Any]]]:
+        """problem_id, kind, grade and decision ({} while there is none) of every rollout."""
+        columns = (self.rollouts[name].to_pylist() for name in ("problem_id", "kind", "grade", "rollout_id"))
+        return [(p, kind, grade, self.decisions.get(i, {})) for p, kind, grade, i in zip(*columns)]
+
+
+def load(root: Path) -> RunData:
+    """Read a run directory. Raises InputError where it is none."""
+    if not (root / "manifest.json").is_file() and not (root / "config.yaml").is_file():
+        raise InputError(
+            f"{root}: not a run directory (no manifest.json, no config.yaml); give the --out of `heal run`"
+        )
+    directory = RunDirectory(root)
+    notes: list[str] = []
+
+    def read(path: Path, reader: Callable[[Path], Any], empty: Any) -> Any:
+        if not path.exists():
+            return empty
+        try:
+            return reader(path)
+        except InputError as error:
+            notes.append(str(error))
+            return empty
+
+    def rollouts(kind: str) -> pa.Table:
+        return read(root, lambda _: directory.rollouts(kind), ROLLOUTS.empty_table())
+
+    problems = read(root / "problems.parquet", read_table, PROBLEMS.empty_table()).to_pylist()
+    decisions = read(root / "decisions.parquet", read_table, DECISIONS.empty_table()).to_pylist()
+    shards = sorted((root / "evaluation").glob("*.parquet"))
+    summary = read(root / "summary.json", read_json, {})
+    return RunData(
+        root=root,
+        config=read(root / "config.yaml", config.load, None),
+        manifest=directory.manifest,
+        problems={problem["id"]: problem for problem in problems},
+        rollouts=pa.concat_tables([rollouts(kind) for kind in KINDS]),
+        decisions={decision["rollout_id"]: decision for decision in decisions},
+        evaluation=pa.concat_tables([read(path, read_table, EVALUATION.empty_table()) for path in shards])
+        if shards
+        else EVALUATION.empty_table(),
+        training=read(root / "metrics.jsonl", _training, []),
+        summary=summary if isinstance(summary, dict) else {},
+        tokenizer=_tokenizer(directory.manifest, notes),
+        notes=notes,
+    )
+
+
+def _training(path: Path) -> list[dict[str, Any]]:
+    """The train events. An interrupted run leaves a torn line, and repeats steps when it goes on: the last one counts."""
+    steps: dict[tuple[str, int], dict[str, Any]] = {}
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        try:
+            event = json.loads(line)
+            if event["event"] == "train":
+                steps[event["model"], int(event["step"])] = event
+        except (ValueError, TypeError, KeyError):
+            continue
+    return sorted(steps.values(), key=lambda event: (event["model"], event["step"]))
+
+
+def _tokenizer(manifest: dict[str, Any], notes: list[str]) -> Tokenizer | None:
+    """The teacher's tokenizer, where its folder can still be opened."""
+    try:
+        teacher = manifest["models"]["teacher"]
+        return Tokenizer(teacher["path"], teacher["vocab_size"])
+    except KeyError:
+        notes.append("The manifest names no teacher yet: rollouts are shown as plain text, without entropies.")
+    except InputError as error:
+        notes.append(f"The teacher's tokenizer cannot be opened, so rollouts are shown as plain text: {error}")
+    return None
+
+
+def grades(evaluation: pa.Table) -> dict[str, dict[str, int]]:
+    """Samples of each grade, by model."""
+    counts: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+    for model, grade in zip(evaluation["model"].to_pylist(), evaluation["grade"].to_pylist()):
+        counts[model][grade] += 1
+    return counts

@@ -1,0 +1,247 @@
+"""The plots, as plotly figures in plain data.
+
+Colours are names such as "$accent"; the page puts in those of its light or dark scheme. Text from files is escaped,
+since plotly reads a few tags in labels.
+"""
+
+import html
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from heal_jax.pace import SOLVED_RATE
+from heal_jax.report.data import RunData
+
+MODELS = {"teacher": "Teacher", "student_base": "Student before", "rejection_sampling": "Rejection sampling",
+          "heal": "HEAL"}  # fmt: skip
+COLOURS = {"teacher": "$strong", "student_base": "$faint", "rejection_sampling": "$middle", "heal": "$accent"}
+SYMBOLS = {"teacher": "diamond", "student_base": "circle-open", "rejection_sampling": "square", "heal": "circle"}
+STRATA = ("solved", "hard", "unsolved")
+
+Figure = dict[str, Any]
+
+
+def label(text: object) -> str:
+    return html.escape(str(text), quote=False)
+
+
+def _figure(data: list[dict[str, Any]], height: int, **layout: Any) -> Figure:
+    axes = {name: _axis(axis) for name, axis in layout.items() if name.startswith(("xaxis", "yaxis"))}
+    base = {
+        "height": height,
+        "margin": {"l": 48, "r": 12, "t": 12, "b": 40},
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "font": {"family": "system-ui, sans-serif", "size": 13, "color": "$text"},
+        "hoverlabel": {"bgcolor": "$panel", "bordercolor": "$line", "font": {"color": "$text"}},
+        "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
+        "dragmode": False,
+    }
+    return {"data": data, "layout": base | layout | axes}
+
+
+def _axis(axis: dict[str, Any]) -> dict[str, Any]:
+    quiet = {"gridcolor": "$line", "zeroline": False, "linecolor": "$line", "automargin": True, "fixedrange": True}
+    return quiet | axis
+
+
+def levels(accuracy: dict[str, Any]) -> list[str]:
+    """Levels in the order of the summary; none where problems have no level."""
+    names = list(dict.fromkeys(name for figures in accuracy.values() for name in figures.get("per_level", {})))
+    return [] if names == [""] else names
+
+
+def accuracies(accuracy: dict[str, Any]) -> Figure:
+    """Mean and 95 % interval of the four models, overall and by level."""
+    names = levels(accuracy)
+    traces = []
+    for model, title in MODELS.items():
+        if model not in accuracy:
+            continue
+        groups = [accuracy[model], *(accuracy[model]["per_level"].get(name) for name in names)]
+        shown = [(x, group) for x, group in enumerate(groups) if group and group["mean"] is not None]
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "name": title,
+                "x": [x for x, _ in shown],
+                "y": [100 * group["mean"] for _, group in shown],
+                "error_y": {
+                    "type": "data",
+                    "symmetric": False,
+                    "array": [100 * (group["ci95"][1] - group["mean"]) for _, group in shown],
+                    "arrayminus": [100 * (group["mean"] - group["ci95"][0]) for _, group in shown],
+                    "color": COLOURS[model],
+                    "thickness": 2,
+                    "width": 0,
+                },
+                "marker": {"color": COLOURS[model], "symbol": SYMBOLS[model], "size": 10, "line": {"width": 2}},
+                "hovertemplate": f"{title}: %{{y:.1f}} %<extra></extra>",
+            }
+        )
+    return _figure(
+        traces,
+        height=340,
+        scattermode="group",
+        scattergap=0.5,
+        xaxis={
+            "tickvals": list(range(len(names) + 1)),
+            "ticktext": ["all", *(label(name or "no level") for name in names)],
+            "range": [-0.5, len(names) + 0.5],
+            "showgrid": False,
+        },
+        yaxis={"range": [-3, 103], "ticksuffix": " %", "title": {"text": "accuracy"}},
+    )
+
+
+def pass_rates(problems: Sequence[dict[str, Any]], n: int, max_correct: int) -> Figure:
+    """How many problems have each number of correct unaided rollouts, and where unsolved and solved begin."""
+    names = {"unsolved": "$accent", "hard": "$middle", "solved": "$faint"}
+    traces = []
+    for name, colour in names.items():
+        counts = Counter(round(p["pass_rate"] * n) for p in problems if p["stratum"] == name)
+        traces.append(
+            {
+                "type": "bar",
+                "name": name,
+                "x": sorted(counts),
+                "y": [counts[k] for k in sorted(counts)],
+                "marker": {"color": colour},
+                "hovertemplate": f"%{{y}} problems with %{{x}} of {n} correct ({name})<extra></extra>",
+            }
+        )
+    marks = [
+        (max_correct + 0.5, f"unsolved: at most {max_correct} of {n}", "left"),
+        (SOLVED_RATE * n - 0.5, "solved: half or more", "left"),
+    ]
+    return _figure(
+        traces,
+        height=300,
+        barmode="stack",
+        bargap=0.15,
+        margin={"l": 48, "r": 12, "t": 56, "b": 40},
+        legend={"orientation": "h", "x": 1, "xanchor": "right", "y": -0.2, "yanchor": "top"},
+        xaxis={"range": [-0.6, n + 0.6], "title": {"text": f"correct of {n} rollouts"}, "showgrid": False},
+        yaxis={"title": {"text": "problems"}, "rangemode": "tozero"},
+        shapes=[
+            {"type": "line", "x0": x, "x1": x, "y0": 0, "y1": 1 + 0.09 * i, "yref": "paper",
+             "line": {"color": "$strong", "width": 1, "dash": "dot"}}
+            for i, (x, _, _) in enumerate(reversed(marks))
+        ],
+        annotations=[
+            {"x": x, "y": 1 + 0.09 * i, "yref": "paper", "text": text, "xanchor": anchor, "yanchor": "bottom",
+             "showarrow": False, "font": {"size": 12, "color": "$strong"}}
+            for i, (x, text, anchor) in enumerate(reversed(marks))
+        ],
+    )  # fmt: skip
+
+
+def flow(run: RunData) -> Figure:
+    """Problems through the method: each is drawn once, to the latest stage that learns from it."""
+    links = problem_flow(run)
+    titles = {
+        "problems": "problems", "solved": "solved", "hard": "hard", "unsolved": "unsolved",
+        "repair": "repair", "repair-pure": "right repairs", "hindsight": "hindsight", "hindsight-pure": "right with hindsight",
+        "stage 1": "stage 1", "stage 2": "stage 2", "stage 3": "stage 3", "nothing": "no example",
+    }  # fmt: skip
+    through: Counter[str] = Counter()
+    for (source, target), count in links.items():
+        through[target] += count
+        if source == "problems":
+            through[source] += count
+    names = [name for name in titles if through[name]]
+    accented = {"unsolved", "repair", "repair-pure", "stage 3"}
+    data = {
+        "type": "sankey",
+        "arrangement": "snap",
+        "node": {
+            "label": [f"{titles[name]}<br>{through[name]:,}" for name in names],
+            "color": ["$accent" if name in accented else "$middle" for name in names],
+            "pad": 26,
+            "thickness": 12,
+            "line": {"width": 0},
+            "hovertemplate": "%{value} problems<extra></extra>",
+        },
+        "link": {
+            "source": [names.index(source) for source, _ in links],
+            "target": [names.index(target) for _, target in links],
+            "value": list(links.values()),
+            "color": ["$accentveil" if {source, target} <= accented else "$veil" for source, target in links],
+            "hovertemplate": "%{value} problems<extra></extra>",
+        },
+        "textfont": {"size": 13, "color": "$text"},
+    }
+    return _figure([data], height=380, margin={"l": 8, "r": 8, "t": 16, "b": 16})
+
+
+def problem_flow(run: RunData) -> dict[tuple[str, str], int]:
+    """{(from, to): problems}. Unsolved problems try repairs first, then hindsight as the other hard ones do."""
+    tried: set[tuple[str, str]] = set()
+    right: set[tuple[str, str]] = set()
+    stages: set[tuple[str, int]] = set()
+    for problem, kind, grade, decision in run.outcomes():
+        tried.add((problem, kind))
+        if grade == "correct" and decision.get("reason") != "talks about the hint":
+            right.add((problem, kind))
+        if decision.get("kept"):
+            stages.add((problem, decision["stage"]))
+    links: Counter[tuple[str, str]] = Counter()
+    for name, problem in run.problems.items():
+        if problem["stratum"] not in STRATA:
+            continue
+        path = ["problems", problem["stratum"]]
+        for kind, stage in (("repair", 3), ("hindsight", 2), ("base", 1)):
+            if kind != "base":
+                path += [kind] if (name, kind) in tried else []
+                path += [f"{kind}-pure"] if (name, kind) in right else []
+            if (name, stage) in stages:
+                path.append(f"stage {stage}")
+                break
+        else:
+            path.append("nothing")
+        links.update(zip(path, path[1:]))
+    return dict(links)
+
+
+def losses(training: Sequence[dict[str, Any]]) -> Figure:
+    """Training loss of both students; dotted lines where HEAL's phases change."""
+    traces = []
+    for model in ("rejection_sampling", "heal"):
+        events = [event for event in training if event["model"] == model]
+        if events:
+            traces.append(
+                {
+                    "type": "scatter",
+                    "mode": "lines" if len(events) > 1 else "markers",
+                    "name": MODELS[model],
+                    "x": [event["step"] for event in events],
+                    "y": [event.get("loss") for event in events],
+                    "line": {"color": COLOURS[model], "width": 2},
+                    "marker": {"color": COLOURS[model]},
+                    "text": [label(event.get("phase", "")) for event in events],
+                    "hovertemplate": f"{MODELS[model]}, step %{{x}} (%{{text}}): %{{y:.4f}}<extra></extra>",
+                }
+            )
+    heal = [event for event in training if event["model"] == "heal"]
+    changes = [(a["step"], b.get("phase")) for a, b in zip(heal, heal[1:]) if a.get("phase") != b.get("phase")]
+    if heal:
+        changes.insert(0, (0, heal[0].get("phase")))
+    return _figure(
+        traces,
+        height=320,
+        margin={"l": 48, "r": 12, "t": 48, "b": 40},
+        legend={"orientation": "h", "x": 1, "xanchor": "right", "y": -0.2, "yanchor": "top"},
+        xaxis={"title": {"text": "optimizer step"}, "rangemode": "tozero", "showgrid": False},
+        yaxis={"title": {"text": "loss, nats a token"}, "rangemode": "tozero"},
+        shapes=[
+            {"type": "line", "x0": x, "x1": x, "y0": 0, "y1": 1, "yref": "paper",
+             "line": {"color": "$middle", "width": 1, "dash": "dot"}}
+            for x, _ in changes
+        ],
+        annotations=[
+            {"x": x, "y": 1, "yref": "paper", "text": label(phase), "xanchor": "left", "yanchor": "bottom",
+             "showarrow": False, "font": {"size": 12, "color": "$strong"}}
+            for x, phase in changes
+        ],
+    )  # fmt: skip

@@ -1,0 +1,74 @@
+"""HTML from Python values: everything that is not `Html` already is escaped."""
+
+import html
+import json
+import math
+from collections.abc import Iterable
+from typing import Any
+
+VOID = {"meta", "br", "hr", "col"}
+
+
+class Html(str):
+    """Text that is HTML already."""
+
+
+def escape(value: object) -> Html:
+    return value if isinstance(value, Html) else Html(html.escape(str(value), quote=True))
+
+
+def join(children: Iterable[Any]) -> Html:
+    """Children one after another; None is nothing, a list stands for its members."""
+    parts = (join(c) if isinstance(c, (list, tuple)) else escape(c) for c in children if c is not None)
+    return Html("".join(parts))
+
+
+def tag(name: str, *children: Any, **attributes: Any) -> Html:
+    """An element. In attribute names a trailing `_` is dropped and `_` becomes `-`; None leaves an attribute out."""
+    written = "".join(
+        f' {key.rstrip("_").replace("_", "-")}="{escape(value)}"'
+        for key, value in attributes.items()
+        if value is not None
+    )
+    return Html(f"<{name}{written}>" if name in VOID else f"<{name}{written}>{join(children)}</{name}>")
+
+
+def script_json(value: Any) -> Html:
+    """JSON that no HTML parser takes for markup and no script parser for a line's end; NaN and infinity become null."""
+    text = json.dumps(_finite(value), allow_nan=False, separators=(",", ":"))  # ASCII: U+2028 is escaped
+    return Html(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def table(head: Iterable[Any], rows: Iterable[Iterable[Any]], class_: str | None = None) -> Html:
+    """A table that scrolls by itself where it is too wide; the first cell of a row is its heading."""
+    names = list(head)
+    body = [
+        tag("tr", [tag("td" if i else "th", cell, scope=None if i else "row") for i, cell in enumerate(row)])
+        for row in rows
+    ]
+    titles = tag("thead", tag("tr", [tag("th", name, scope="col") for name in names])) if names else None
+    return tag("div", tag("table", titles, tag("tbody", body), class_=class_), class_="scroll")
+
+
+def number(value: float | None, digits: int = 0) -> str:
+    """A figure with thousands separators; a dash where there is none."""
+    if value is None or math.isnan(value):
+        return "–"
+    return f"{value:,.{digits}f}" if math.isfinite(value) else "∞"
+
+
+def percent(value: float | None) -> str:
+    return "–" if value is None or math.isnan(value) else f"{100 * value:.1f} %"
+
+
+def points(value: float | None) -> str:
+    """A difference of shares, in percentage points with its sign (a true minus)."""
+    return "–" if value is None or math.isnan(value) else f"{100 * value:+.1f}".replace("-", "\u2212")

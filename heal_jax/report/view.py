@@ -1,0 +1,150 @@
+"""A rollout as a person reads it: its steps, the text and entropy of each token, the hint, what PURE scored."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from heal_jax.config import Config
+from heal_jax.model.tokenizer import Tokenizer
+from heal_jax.problems.answers import answer_span
+
+END = "⟨end⟩"  # stands for the EOS, which has an entropy but no text
+
+
+@dataclasses.dataclass(frozen=True)
+class Token:
+    """entropy (nats) is None where the teacher did not decode it in this rollout, or token texts are not known."""
+
+    text: str
+    entropy: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """One step as PURE saw it; ratio = ppl / (expected + epsilon)."""
+
+    ppl: float
+    expected: float
+    ratio: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """entropy: mean over its tokens, None for kept steps. kept: copied from the parent. scored: None where PURE did not."""
+
+    number: int
+    tokens: tuple[Token, ...]
+    entropy: float | None
+    kept: bool
+    scored: Scored | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """answer: the figures of the answer, PURE's last step. hint: what the teacher saw and the student will not."""
+
+    row: dict[str, Any]
+    question: str
+    steps: tuple[Step, ...]
+    answer: Scored | None
+    hint: str
+    shaded: bool  # whether the text of each token is known
+
+    @property
+    def kept_steps(self) -> int:
+        return sum(step.kept for step in self.steps)
+
+
+def view(row: dict[str, Any], question: str, tokenizer: Tokenizer | None, config: Config) -> View:
+    """Put the columns of a rollout together."""
+    kept = row["kept_tokens"] or 0
+    tokens, shaded = _tokens(row, tokenizer)
+    starts = row["step_starts"] or [0]
+    bounds = list(zip(starts, [*starts[1:], len(row["tokens"])]))
+    texts = [tokens[start:end] for start, end in bounds] if shaded else _plain_steps(row["text"] or "", len(starts))
+    entropies = _entropies(row)
+    figures, answer = _scores(row, ["".join(t.text for t in text) for text in texts], kept, config)
+    steps = tuple(
+        Step(
+            number=i,
+            tokens=tuple(texts[i]) if i < len(texts) else (),
+            entropy=_mean(entropies[start:end]),
+            kept=start < kept,
+            scored=figures.get(i),
+        )
+        for i, (start, end) in enumerate(bounds)
+    )
+    return View(row, question, steps, answer, _hint(row, tokenizer if shaded else None), shaded)
+
+
+def _tokens(row: dict[str, Any], tokenizer: Tokenizer | None) -> tuple[list[Token], bool]:
+    """The text and entropy of each token, and whether they are known: the folder may hold another tokenizer by now."""
+    try:
+        texts = [text for text, _ in tokenizer.spans(row["tokens"])] if tokenizer else []
+    except IndexError:
+        return [], False
+    if tokenizer is None or "".join(texts) != row["text"]:
+        return [], False
+    texts += [END] * (len(row["tokens"]) - len(texts))
+    return [Token(text, entropy) for text, entropy in zip(texts, _entropies(row))], True
+
+
+def _entropies(row: dict[str, Any]) -> list[float | None]:
+    """One for each of `tokens`: a repair has recorded none for its kept prefix."""
+    return [None] * (len(row["tokens"]) - len(row["entropy"])) + row["entropy"]
+
+
+def _plain_steps(text: str, count: int) -> list[list[Token]]:
+    """Steps of a text without its tokens; all of it in the first where splitting it finds another number of steps."""
+    parts: list[str] = []
+    for part in re.findall(r".+?(?:\n{2,}|\Z)", text, re.DOTALL):
+        if parts and (not part.strip() or not parts[0].strip()):
+            parts[-1] += part
+        else:
+            parts.append(part)
+    return [[Token(part, None)] for part in (parts if len(parts) == count else [text])]
+
+
+def _hint(row: dict[str, Any], tokenizer: Tokenizer | None) -> str:
+    """What the teacher's context held beyond prompt and kept prefix; all of it where it does not begin with these."""
+    context = row["context_tokens"] or []
+    known = [*row["prompt_tokens"], *row["tokens"][: row["kept_tokens"] or 0]]
+    if context == known:
+        return ""
+    if tokenizer is None:
+        return "(not shown: token texts are not known)"
+    rest = context[len(known) :] if context[: len(known)] == known else context
+    try:
+        return tokenizer.text(rest)
+    except IndexError:
+        return ""
+
+
+def _scores(
+    row: dict[str, Any], texts: Sequence[str], kept: int, config: Config
+) -> tuple[dict[int, Scored], Scored | None]:
+    """PURE's figures by text step, and the answer's.
+
+    Steps from the cut on are scored in order. The answer is one more, the last, and a step that holds nothing else
+    vanishes: so there are as many figures as steps although one of them is the answer's.
+    """
+    if row["step_ppl"] is None or row["step_expected_ppl"] is None:
+        return {}, None
+    epsilon = config.pure.epsilon
+    figures = [Scored(p, e, p / (e + epsilon)) for p, e in zip(row["step_ppl"], row["step_expected_ppl"])]
+    numbers = [i for i, start in enumerate(row["step_starts"]) if start >= kept]
+    grade = config.grade
+    span = answer_span(row["text"] or "", grade.answer_open, grade.answer_close, grade.think_end)
+    answer = figures.pop() if figures and span is not None else None
+    if answer is not None and span is not None and len(figures) < len(numbers):
+        ends = [sum(map(len, texts[: i + 1])) for i in range(len(texts))]
+        holder = next((i for i, end in enumerate(ends) if span[0] < end), None)
+        numbers = [i for i in numbers if i != holder]
+    return dict(zip(numbers, figures)), answer
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return math.fsum(known) / len(known) if known else None

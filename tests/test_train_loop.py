@@ -1,0 +1,457 @@
+"""Loss, optimizer, phases, and going on after an interruption."""
+
+import dataclasses
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given
+from hypothesis import strategies as st
+from orbax.checkpoint import v1 as ocp
+
+from heal_jax.config import TrainSpec
+from heal_jax.errors import RunError
+from heal_jax.model.config import DecoderConfig
+from heal_jax.model.decoder import Model, initialise
+from heal_jax.train import loop
+from heal_jax.train.data import Example, batches
+from heal_jax.train.loop import Phase, optimizer, schedule, stage_steps, train
+from heal_jax.train.step import token_losses, train_step
+
+CONFIG = DecoderConfig(
+    family="qwen3",
+    vocab_size=48,
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=1,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    rope_theta=1e4,
+    rms_norm_eps=1e-6,
+    tie_embeddings=True,
+    max_positions=64,
+)
+LENGTH, PAD = 32, 0
+
+
+def examples(count: int, seed: int = 0, vocab: int = CONFIG.vocab_size) -> list[Example]:
+    """Random tokens, prompts of 4. The pad id is not among them: torch drops the gradient of its embedding."""
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(8, LENGTH + 1, count)
+    return [
+        Example(f"r{i}", f"p{i}", "base", tuple(rng.integers(1, vocab, n).tolist()), 4) for i, n in enumerate(sizes)
+    ]
+
+
+SPEC = TrainSpec(steps=22, batch=4, warmup=0.2)
+PHASES = [Phase("stage 1", examples(5), 9), Phase("empty", [], 0), Phase("stage 3", examples(11), 13)]
+
+
+def run(folder: Path, log: Callable[[dict[str, Any]], None] = lambda line: None, **changes: Any) -> Model:
+    arguments: dict[str, Any] = {"model": initialise(CONFIG, 0), "phases": PHASES, "spec": SPEC} | {
+        "length": LENGTH,
+        "pad_id": PAD,
+        "seed": 3,
+        "folder": folder,
+        "checkpoint_seconds": 1e9,
+        "mesh": None,
+        "log": log,
+    }
+    return train(**arguments | changes)
+
+
+def arrays(model: Model) -> dict[Any, np.ndarray]:
+    return {path: np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(model.params)}
+
+
+def same_bits(one: Model, other: Model) -> bool:
+    pairs = zip(arrays(one).values(), arrays(other).values(), strict=True)
+    return all(a.dtype == b.dtype and a.tobytes() == b.tobytes() for a, b in pairs)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Model, list[dict[str, Any]]]:
+    """A finished training: its checkpoints, its model, its log."""
+    lines: list[dict[str, Any]] = []
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    return folder, run(folder, lines.append), lines
+
+
+# Steps of the stages
+
+
+@given(
+    st.tuples(*[st.floats(0, 1)] * 3),
+    st.integers(1, 10**6),
+    st.tuples(*[st.integers(0, 3)] * 3),
+)
+def test_stage_steps_sum_and_stay_proportional(
+    shares: tuple[float, float, float], total: int, sizes: tuple[int, int, int]
+) -> None:
+    weights = [share if size else 0.0 for share, size in zip(shares, sizes, strict=True)]
+    if not sum(weights):
+        with pytest.raises(RunError, match="nothing to train on"):
+            stage_steps(shares, total, sizes)
+        return
+    steps = stage_steps(shares, total, sizes)
+    assert sum(steps) == total
+    for count, weight in zip(steps, weights, strict=True):
+        assert count == 0 if weight == 0 else abs(count - total * weight / sum(weights)) < 1 + 1e-6
+
+
+def test_stage_steps_examples() -> None:
+    shares = (0.4, 0.2, 0.4)
+    assert stage_steps(shares, 300, (5, 5, 5)) == (120, 60, 120)
+    assert stage_steps(shares, 300, (5, 0, 5)) == (150, 0, 150)
+    assert stage_steps(shares, 300, (5, 5, 0)) == (200, 100, 0)
+    assert stage_steps(shares, 1, (5, 5, 5)) == (1, 0, 0)
+    assert stage_steps(shares, 7, (5, 5, 5)) == (3, 1, 3)
+
+
+# Learning rate, loss, optimizer
+
+
+def expected_rate(spec: TrainSpec, total: int, step: int) -> float:
+    """Rate of the step-th update (from 0), written out."""
+    warmup = max(1, round(spec.warmup * total))
+    if step < warmup:
+        return spec.learning_rate * (step + 1) / warmup
+    if spec.schedule == "constant":
+        return spec.learning_rate
+    along = (step - (warmup - 1)) / (total - (warmup - 1))
+    return spec.learning_rate * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * along)))
+
+
+@pytest.mark.parametrize("kind", ["cosine", "constant"])
+@pytest.mark.parametrize(("warmup", "total"), [(0.0, 10), (0.05, 300), (0.5, 10), (1.0, 7), (0.05, 1)])
+def test_schedule(kind: Any, warmup: float, total: int) -> None:
+    spec = TrainSpec(schedule=kind, warmup=warmup, learning_rate=3e-4)
+    rate = schedule(spec, total)
+    for step in range(total):
+        assert float(rate(step)) == pytest.approx(expected_rate(spec, total, step), rel=1e-5)
+
+
+def test_both_students_share_one_optimizer() -> None:
+    assert optimizer(TrainSpec(batch=8), 30) is optimizer(TrainSpec(batch=8), 30)
+    assert optimizer(TrainSpec(batch=8), 30) is not optimizer(TrainSpec(batch=8), 31)
+
+
+def test_loss_is_the_mean_over_learned_tokens_in_float64() -> None:
+    model = initialise(CONFIG, 1)
+    model = dataclasses.replace(model, params=jax.tree.map(lambda x: 5 * x, model.params))  # far from uniform
+    tokens, mask = next(batches(examples(6), 4, LENGTH, 0, PAD))
+    decoder = nnx.merge(model.graph, model.params)
+    logits = np.asarray(decoder.logits(decoder(jnp.asarray(tokens))), np.float64)[:, :-1]
+    highest = logits.max(axis=-1, keepdims=True)
+    log_probs = logits - highest - np.log(np.exp(logits - highest).sum(axis=-1, keepdims=True))
+    expected = -np.take_along_axis(log_probs, tokens[:, 1:, None], axis=-1)[..., 0]
+    losses = np.asarray(token_losses(model.graph, model.params, jnp.asarray(tokens)))
+    assert losses.shape == tokens.shape and not losses[:, 0].any()
+    np.testing.assert_allclose(losses[:, 1:], expected, rtol=2e-5, atol=2e-5)
+    state = optimizer(SPEC, 22).init(model.params)
+    copy = jax.tree.map(jnp.copy, model.params)
+    _, _, metrics = train_step(model.graph, optimizer(SPEC, 22), copy, state, tokens, mask)
+    assert float(metrics["loss"]) == pytest.approx(expected[mask[:, 1:]].mean(), rel=1e-5)
+
+
+def test_training_equals_torch(tmp_path: Path) -> None:
+    """Loss, gradient norm and weights of five steps, against transformers' model and torch's AdamW."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    from safetensors.numpy import load_file
+
+    from heal_jax.model.weights import save_weights
+    from heal_jax.world import make, tokenizer
+
+    vocab = tokenizer.build().get_vocab_size()
+    model = initialise(dataclasses.replace(CONFIG, vocab_size=vocab), 2)
+    make.save(model, tmp_path / "model")
+    spec = TrainSpec(batch=4, learning_rate=1e-3, warmup=0.4, weight_decay=0.1, clip_norm=0.7)
+    phase = Phase("stage 1", examples(6, vocab=vocab), 5)
+    seen: list[tuple[np.ndarray, np.ndarray]] = []
+    original = loop.batches
+
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        for batch in original(*args, **kwargs):
+            seen.append(batch)
+            yield batch
+
+    lines: list[dict[str, Any]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "batches", recorded)
+        patch.setattr(loop, "LOG_EVERY", 1)
+        trained = run(tmp_path / "checkpoints", lines.append, model=model, phases=[phase], spec=spec)
+    save_weights(trained, tmp_path / "trained.safetensors")
+    ours = load_file(tmp_path / "trained.safetensors")
+
+    torch.manual_seed(0)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    reference.train()
+    decayed = [p for p in reference.parameters() if p.ndim > 1]
+    vectors = [p for p in reference.parameters() if p.ndim == 1]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, betas=(0.9, loop.B2), eps=1e-8)
+    assert len(lines) == 5
+    for step, (line, (tokens, mask)) in enumerate(zip(lines, seen, strict=False)):
+        ids = torch.from_numpy(tokens).long()
+        labels = torch.where(torch.from_numpy(mask), ids, -100)
+        loss = reference(input_ids=ids, labels=labels).loss
+        assert line["loss"] == pytest.approx(loss.item(), rel=1e-5)
+        adamw.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.7).item()
+        assert norm > 0.7  # clipping is at work
+        assert line["grad_norm"] == pytest.approx(norm, rel=1e-4)
+        assert line["learning_rate"] == pytest.approx(expected_rate(spec, 5, step), rel=1e-5)
+        for group in adamw.param_groups:
+            group["lr"] = expected_rate(spec, 5, step)
+        adamw.step()
+    theirs = {name: p.detach().numpy() for name, p in reference.named_parameters()}
+    assert set(theirs) == set(ours)
+    before = load_file(tmp_path / "model" / "model.safetensors")
+    for name, weight in theirs.items():
+        assert np.abs(weight - before[name]).max() > 5e-4  # five steps of up to 1e-3
+        np.testing.assert_allclose(ours[name], weight, atol=2e-5, err_msg=name)
+
+
+# The loop
+
+
+def test_the_log(uninterrupted: tuple[Path, Model, list[dict[str, Any]]]) -> None:
+    lines = uninterrupted[2]
+    assert [(line["step"], line["phase"]) for line in lines] == [
+        (9, "stage 1"),
+        (10, "stage 3"),
+        (20, "stage 3"),
+        (22, "stage 3"),
+    ]
+    for line in lines:
+        assert set(line) == {
+            *("step", "phase", "loss", "grad_norm", "learning_rate", "tokens", "loss_tokens", "seconds"),
+        }
+        assert line["learning_rate"] == pytest.approx(expected_rate(SPEC, 22, line["step"] - 1), rel=1e-5)
+        assert line["tokens"] - line["loss_tokens"] == line["step"] * SPEC.batch * 4  # prompts have 4 tokens
+    # 36 rows of 5 examples: seven epochs and one example.
+    sizes = [len(e.tokens) for e in PHASES[0].examples]
+    assert lines[0]["tokens"] - 7 * sum(sizes) in sizes
+    assert lines == sorted(lines, key=lambda line: line["seconds"])
+
+
+def test_the_given_model_is_untouched(tmp_path: Path) -> None:
+    model, untouched = initialise(CONFIG, 0), initialise(CONFIG, 0)
+    trained = run(tmp_path, model=model)
+    assert same_bits(model, untouched)
+    assert all((a != b).any() for a, b in zip(arrays(trained).values(), arrays(model).values(), strict=True))
+
+
+def test_one_compilation_for_all_phases_and_students(tmp_path: Path) -> None:
+    run(tmp_path / "heal")
+    compiled = train_step._cache_size()
+    run(tmp_path / "rejection_sampling", phases=[Phase("stage 1", examples(5), 22)])
+    assert train_step._cache_size() == compiled
+
+
+def test_the_end_is_learned(tmp_path: Path) -> None:
+    """pad = eos, the classic trap: greedy decoding must give the targets and stop."""
+    eos = 7
+    texts = [(11, 12, 13, 21, 22, 23, eos), (14, 15, 16, 31, 7 + 1, 33, 34, 35, eos)]
+    pair = [Example(f"r{i}", "p", "base", text, 3) for i, text in enumerate(texts)]
+    spec = TrainSpec(batch=2, learning_rate=1e-2)
+    trained = run(tmp_path, phases=[Phase("stage 1", pair, 60)], spec=spec, pad_id=eos)
+    decoder = nnx.merge(trained.graph, trained.params)
+    predict = nnx.jit(lambda decoder, tokens: jnp.argmax(decoder.logits(decoder(tokens)), axis=-1))
+    for text in texts:
+        row = list(text[:3])
+        while row[-1] != eos and len(row) < 16:
+            padded = jnp.asarray([row + [0] * (16 - len(row))], jnp.int32)
+            row.append(int(predict(decoder, padded)[0, len(row) - 1]))
+        assert tuple(row) == text
+
+
+def test_bfloat16_keeps_float32_weights_while_training(tmp_path: Path) -> None:
+    """A hundred updates of 1e-5 move the norms' ones (next bfloat16 below: 0.996), which one of them would not."""
+    model = initialise(CONFIG, 0, jnp.bfloat16)
+    phase = Phase("stage 1", examples(5), 600)
+    spec = TrainSpec(batch=4, learning_rate=1e-5, schedule="constant", warmup=0.0)
+    trained = run(tmp_path, model=model, phases=[phase], spec=spec)
+    assert {leaf.dtype for leaf in jax.tree.leaves(trained.params)} == {jnp.dtype(jnp.bfloat16)}
+    norm = arrays(trained)["norm", "weight"].astype(np.float32)
+    assert 1e-3 < np.abs(norm - 1).max() < 6e-3 + 2**-8
+    assert same_bits(trained, run(tmp_path, model=model, phases=[phase], spec=spec))
+    saved = ocp.load(tmp_path / "600")
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(saved)} == {"float32", "int32"}
+
+
+# Interruptions
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_at(step: int) -> Callable[[dict[str, Any]], None]:
+    def log(line: dict[str, Any]) -> None:
+        if line["step"] == step:
+            raise Stop
+
+    return log
+
+
+@pytest.mark.parametrize(
+    ("step", "seconds", "kept"),
+    [(9, 1e9, []), (20, 1e9, ["9"]), (20, 1e-9, ["18", "19"]), (22, 1e-9, ["20", "21"])],
+)
+def test_interrupted_training_ends_with_the_same_bits(
+    tmp_path: Path, uninterrupted: tuple[Path, Model, list[dict[str, Any]]], step: int, seconds: float, kept: list[str]
+) -> None:
+    with pytest.raises(Stop):
+        run(tmp_path, stop_at(step), checkpoint_seconds=seconds)
+    assert sorted(path.name for path in tmp_path.iterdir()) == kept
+    lines: list[dict[str, Any]] = []
+    resumed = run(tmp_path, lines.append, checkpoint_seconds=seconds)
+    assert same_bits(resumed, uninterrupted[1])
+    untimed = [{k: v for k, v in line.items() if k != "seconds"} for line in uninterrupted[2]]
+    again = [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+    assert again == untimed[-len(again) :] and again[0]["step"] <= step
+
+
+def test_killed_while_saving(tmp_path: Path, uninterrupted: tuple[Path, Model, list[dict[str, Any]]]) -> None:
+    code = f"""
+import os, signal, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from pathlib import Path
+from test_train_loop import run
+def log(line):
+    if line["step"] == 20:
+        os.kill(os.getpid(), signal.SIGKILL)  # while step 19 is being written
+run(Path({str(tmp_path)!r}), log, checkpoint_seconds=1e-9)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    assert any((tmp_path / name).exists() for name in ("18", "19"))
+    assert same_bits(run(tmp_path), uninterrupted[1])
+    assert sorted(path.name for path in tmp_path.iterdir()) in (["18", "22"], ["19", "22"])
+
+
+def test_uncommitted_checkpoints_are_ignored(
+    tmp_path: Path, uninterrupted: tuple[Path, Model, list[dict[str, Any]]]
+) -> None:
+    folder = tmp_path / "checkpoints"
+    with pytest.raises(Stop):
+        run(folder, stop_at(20))
+    shutil.copytree(folder / "9", folder / "19")  # a copy that was cut short: metadata there, commit file and data not
+    (folder / "19" / "commit_success.txt").unlink()
+    shutil.rmtree(folder / "19" / "state" / "ocdbt.process_0")
+    (folder / "20").mkdir()
+    shutil.copytree(folder / "9", folder / "21.orbax-checkpoint-tmp")
+    (folder / "21.orbax-checkpoint-tmp" / "commit_success.txt").unlink()
+    steps: list[int] = []
+    assert same_bits(run(folder, lambda line: steps.append(line["step"])), uninterrupted[1])
+    assert steps == [10, 20, 22]
+    assert sorted(path.name for path in folder.iterdir()) == ["22", "9"]
+
+
+def test_a_finished_training_is_only_restored(
+    tmp_path: Path, uninterrupted: tuple[Path, Model, list[dict[str, Any]]]
+) -> None:
+    def refuse(line: dict[str, Any]) -> None:
+        raise AssertionError("nothing was left to do")
+
+    assert same_bits(run(uninterrupted[0], refuse), uninterrupted[1])
+
+
+def test_checkpoints_of_another_training_are_refused(
+    tmp_path: Path, uninterrupted: tuple[Path, Model, list[dict[str, Any]]]
+) -> None:
+    other = initialise(dataclasses.replace(CONFIG, hidden_size=40), 0)
+    with pytest.raises(RunError, match="not a checkpoint of this training") as error:
+        run(uninterrupted[0], model=other)
+    assert "\n" not in str(error.value)
+    with pytest.raises(RunError, match="holds step 22, of a training longer than 9 steps"):
+        run(uninterrupted[0], phases=PHASES[:1])
+
+
+# What must be loud
+
+
+def test_a_loss_that_is_not_finite_stops_the_training(tmp_path: Path) -> None:
+    model = initialise(CONFIG, 0)
+    broken = jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(jnp.nan), model.params)
+    with pytest.raises(RunError, match=r"training step 1 \(stage 1\): loss nan") as error:
+        run(tmp_path, model=dataclasses.replace(model, params=broken), checkpoint_seconds=1e-9)
+    assert "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_batch_without_a_token_to_learn_stops_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def third_is_empty(*args: Any, **kwargs: Any) -> Any:
+        for index, (tokens, mask) in enumerate(batches(*args, **kwargs)):
+            yield tokens, mask & (index != 2)
+
+    monkeypatch.setattr(loop, "batches", third_is_empty)
+    with pytest.raises(RunError, match=r"training step 3 \(stage 1\): the batch has no token to learn"):
+        run(tmp_path)
+
+
+@pytest.mark.parametrize("phases", [[], [Phase("stage 1", examples(2), 0)], [Phase("stage 1", [], 3)]])
+def test_nothing_to_train_on(tmp_path: Path, phases: list[Phase]) -> None:
+    with pytest.raises(RunError, match="nothing to train on"):
+        run(tmp_path, phases=phases)
+
+
+# Several devices
+
+
+def test_sharded_training(tmp_path: Path, uninterrupted: tuple[Path, Model, list[dict[str, Any]]]) -> None:
+    """Four devices: one compilation, placed as the table says, resumed to the same bits, near the one-device weights."""
+    code = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from pathlib import Path
+import jax, numpy as np
+from heal_jax.model.decoder import Model, initialise
+from heal_jax.model.mesh import make_mesh
+from heal_jax.model.weights import save_weights, shardings
+from heal_jax.train.step import train_step
+from test_train_loop import CONFIG, Stop, run, same_bits, stop_at
+import dataclasses
+folder = Path({str(tmp_path)!r})
+mesh = make_mesh({{"data": 1, "fsdp": 2, "tensor": 2}})
+model = initialise(CONFIG, 0)
+model = dataclasses.replace(model, params=jax.device_put(model.params, shardings(model, mesh)))
+before = jax.tree.map(np.array, model.params)
+whole = run(folder / "whole", model=model, mesh=mesh)
+try:
+    run(folder / "cut", stop_at(20), model=model, mesh=mesh)
+except Stop:
+    resumed = run(folder / "cut", model=model, mesh=mesh)
+assert same_bits(whole, resumed)
+assert jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b), before, model.params))
+assert train_step._cache_size() == 1, train_step._cache_size()
+placed = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), whole.params, shardings(model, mesh))
+assert jax.tree.all(placed), placed
+assert not jax.tree.leaves(whole.params)[-1].is_fully_replicated or CONFIG.hidden_size % 2
+save_weights(whole, folder / "whole.safetensors")
+"""
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "NPROC": "16"}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert result.returncode == 0, result.stderr[-3000:]
+    from safetensors.numpy import load_file
+
+    from heal_jax.model.weights import save_weights
+
+    save_weights(uninterrupted[1], tmp_path / "one.safetensors")
+    sharded, one = load_file(tmp_path / "whole.safetensors"), load_file(tmp_path / "one.safetensors")
+    for name, weight in one.items():
+        np.testing.assert_allclose(sharded[name], weight, atol=2e-4, err_msg=name)
