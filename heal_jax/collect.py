@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from heal_jax import gear
@@ -161,15 +162,15 @@ def failed_paths(run: Run) -> list[Path]:
     problems = [run.by_id[row["problem_id"]] for row in rows]
     wrong = [first_wrong_step(p.question, row["text"]) or 0 for p, row in zip(problems, rows)]
     breakpoint = gear.breakpoints(
-        gear.step_entropy(entropy, index, steps),
-        count,
-        gear.last_candidate(steps, spec.window)[count],
-        np.stack([key_of(row["rollout_id"] + "/breakpoint") for row in rows]),
-        np.asarray(wrong, np.int32),
+        gear.step_entropy(jnp.asarray(entropy), jnp.asarray(index), steps),
+        jnp.asarray(count),
+        jnp.asarray(gear.last_candidate(steps, spec.window)[count]),
+        jnp.asarray(np.stack([key_of(row["rollout_id"] + "/breakpoint") for row in rows])),
+        jnp.asarray(wrong, jnp.int32),
         kind=spec.breakpoint,
         surge_kind=spec.surge,
     )
-    kept = gear.kept_tokens(starts, breakpoint, backup=spec.backup)
+    kept = gear.kept_tokens(jnp.asarray(starts), breakpoint, backup=spec.backup)
     return [Path(*item) for item in zip(problems, rows, map(int, breakpoint), map(int, kept))]
 
 
@@ -308,5 +309,3 @@ def _pure(
         if count[i]:
             out[i] = (ppl[i, : count[i]], expected[i, : count[i]], float(score[i]))
     return out
-
-

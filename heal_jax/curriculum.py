@@ -116,7 +116,7 @@ def training_plan(run: Run) -> tuple[dict[str, list[Phase]], int, int]:
         raise RunError(f"{run.root}: no training example was kept; see decisions.parquet for the reasons")
     order = run.config.pace.order
     groups = pace.phases(order, stages)
-    sizes = tuple(map(len, stages))
+    sizes = (len(stages[0]), len(stages[1]), len(stages[2]))
     if order == "shuffled":
         steps = [spec.steps]
     else:
@@ -137,25 +137,28 @@ def train_one(run: Run, name: str, phases: list[Phase], length: int) -> Model:
         run.progress.say(f"train      {name}: the teacher solved nothing, so there is nothing to train on")
         return run.student.model
 
+    work = run.directory.manifest.setdefault("work", {})
+    stage = f"train {name}"
+
     def log(metrics: dict[str, Any]) -> None:
         run.log("train", model=name, **metrics)
+        made = metrics["tokens"] - work.get(stage, {"tokens": 0})["tokens"]
+        work[stage] = {"seconds": round(metrics["seconds"], 3), "tokens": metrics["tokens"]}  # over all attempts
         note = f"{metrics['phase']}, loss {metrics['loss']:.4f}"
-        run.progress.update(name, metrics["step"], run.config.train.steps, note, metrics["tokens"])
+        run.progress.update(stage, metrics["step"], run.config.train.steps, note, made)
 
-    tokens: list[int] = []
-    with run.work("train", tokens):
-        return train(
-            run.student.model,
-            phases,
-            run.config.train,
-            length=length,
-            pad_id=run.student.tokenizer.pad_id,
-            seed=run.config.seed,
-            folder=run.root / "checkpoints" / name,
-            checkpoint_seconds=run.config.checkpoint.seconds,
-            mesh=run.mesh,
-            log=lambda metrics: (tokens.append(metrics["tokens"]), log(metrics))[1],
-        )
+    return train(
+        run.student.model,
+        phases,
+        run.config.train,
+        length=length,
+        pad_id=run.student.tokenizer.pad_id,
+        seed=run.config.seed,
+        folder=run.root / "checkpoints" / name,
+        checkpoint_seconds=run.config.checkpoint.seconds,
+        mesh=run.mesh,
+        log=log,
+    )
 
 
 def _account(phases: list[Phase]) -> list[dict[str, Any]]:

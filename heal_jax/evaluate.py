@@ -64,9 +64,7 @@ def evaluate_one(run: Run, name: str) -> None:
                 tokens.extend(len(d.tokens) for d in decoded)
                 owners = [p for p in part for _ in range(k)]
                 texts = [lm.tokenizer.text(list(d.tokens)) for d in decoded]
-                grades = run.grader.grade_many(
-                    [(p, text, d.finish) for p, text, d in zip(owners, texts, decoded)]
-                )
+                grades = run.grader.grade_many([(p, text, d.finish) for p, text, d in zip(owners, texts, decoded)])
                 return [
                     {
                         "model": name,

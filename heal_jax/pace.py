@@ -98,7 +98,7 @@ def _refusal(c: Candidate, strata: dict[str, str], threshold: float) -> str:
     return ""
 
 
-def phases(order: str, stages: Sequence[Sequence[str]]) -> list[list[int]]:
+def phases(order: str, stages: Sequence[Sequence[object]]) -> list[list[int]]:
     """Which stages (0, 1, 2) each stretch of training draws from; empty stages have none.
 
     cumulative: stage k trains on stages 1..k; separate: on its own alone; shuffled: all together, once.

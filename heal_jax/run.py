@@ -111,7 +111,11 @@ def open_run(config: Config, out: Path, progress: Progress) -> Iterator[Run]:
     directory = RunDirectory(out)
     facts = {
         "models": {
-            name: {"path": str(folder), "sha256": folder_sha256(folder), "vocab_size": decoder_config(folder).vocab_size}
+            name: {
+                "path": str(folder),
+                "sha256": folder_sha256(folder),
+                "vocab_size": decoder_config(folder).vocab_size,
+            }
             for name, folder in (("teacher", teacher), ("student", student))
         },
         "problems": _hash([(p.id, p.question, p.answer) for p in (*problems, *held_out)]),

@@ -63,7 +63,7 @@ EVALUATION = pa.schema(
 )
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """`write` a temporary sibling, flush it to disk, rename it: the path holds all of it or what it held before."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial")

@@ -42,7 +42,7 @@ def summarise(run: Run) -> dict[str, Any]:
 
     summary["throughput"] = {
         "sample_tokens_per_s": rate("base", "hindsight", "repair"),
-        "train_tokens_per_s": rate("train"),
+        "train_tokens_per_s": rate("train heal", "train rejection_sampling"),
     }
     summary["seconds"] = {name: account["seconds"] for name, account in work.items()}
     write_json(run.root / "summary.json", summary)

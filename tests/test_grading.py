@@ -80,10 +80,9 @@ def test_world_answers_are_scored_by_the_family(grader):
 
 
 def test_a_family_is_scored_with_its_options(grader):
-    for options, grade in (({}, "correct"), ({"target": 10}, "wrong")):
-        item = problem("24", "reasoning_gym", source_dataset="puzzle24", source_options=options, numbers=[1, 2, 3, 4])
-        verdict = grader.grade(item, boxed("1*2*3*4"), "stop")
-        assert verdict.grade in (grade, "unparsable") and (options or verdict.grade == grade)
+    for options, grade in (({}, "correct"), ({"max_value": 3}, "wrong")):
+        item = problem("1*2*3*4", "reasoning_gym", str(options), source_dataset="puzzle24", source_options=options)
+        assert grader.grade(item, boxed("4*3*2*1"), "stop").grade == grade
 
 
 def test_what_a_family_raises_is_unparsable_with_its_reason(grader):
@@ -92,11 +91,13 @@ def test_what_a_family_raises_is_unparsable_with_its_reason(grader):
     assert grade.grade == "unparsable" and grade.reason.startswith("ValueError")
 
 
-def test_families_that_take_anything_are_compared_as_text(grader):
+def test_families_that_accept_wrong_answers_are_held_to_more(grader):
     item = problem("0.25", "reasoning_gym", source_dataset="coin_flip")
     assert [grader.grade(item, boxed(a), "stop").grade for a in ("0", "0.25")] == ["wrong", "correct"]
     item = problem("False", "reasoning_gym", source_dataset="game_of_life_halting")
     assert [grader.grade(item, boxed(a), "stop").grade for a in ("True", "False")] == ["wrong", "correct"]
+    item = problem("2 + 9 + 6 + 7", "reasoning_gym", source_dataset="puzzle24")
+    assert [grader.grade(item, boxed(a), "stop").grade for a in ("6+6+6+6", "(9+7)+6+2")] == ["wrong", "correct"]
 
 
 def test_an_answer_that_a_family_evaluates_does_no_harm(grader, tmp_path):
@@ -183,6 +184,7 @@ def test_fractions_are_equal_when_their_values_are(gold, answer):
     assert grade == ("correct" if gold == answer else "wrong")
 
 
+@settings(max_examples=50)
 @given(st.text(max_size=20), st.text(max_size=20))
 def test_exact_is_equality_of_words(gold, answer):
     same = scorers.exact({"answer": gold}, answer)[0] == "correct"
@@ -197,7 +199,7 @@ def test_exact_is_equality_of_words(gold, answer):
 
 
 def test_a_hang_costs_itself_alone():
-    with Grader(GradeSpec(timeout=0.3)) as grader:
+    with Grader(GradeSpec(timeout=0.2)) as grader:
         started = time.process_time()
         items = [(problem(str(n), id=str(n)), boxed(HANG if n == 7 else n), "stop") for n in range(20)]
         grades = grader.grade_many(items)

@@ -35,9 +35,7 @@ def as_rows(index, values, width=K * 4 + 3):
 
 
 def slow_step_entropy(index, values):
-    return [
-        float(np.mean([np.float64(v) for i, v in zip(index, values) if i == k])) for k in range(max(index) + 1)
-    ]
+    return [float(np.mean([np.float64(v) for i, v in zip(index, values) if i == k])) for k in range(max(index) + 1)]
 
 
 def slow_surge(h, k, kind):
@@ -74,7 +72,9 @@ def test_breakpoint(rollout, window, kind):
         assert k == surges.index(best) + 1  # steps of equal length: the sums are exact, ties go to the earliest
 
 
-@pytest.mark.parametrize(("count", "kept_possible"), [(1, 0), (2, 0), (6, 0), (7, 1), (9, 1), (10, 2), (12, 2), (13, 3)])
+@pytest.mark.parametrize(
+    ("count", "kept_possible"), [(1, 0), (2, 0), (6, 0), (7, 1), (9, 1), (10, 2), (12, 2), (13, 3)]
+)
 def test_window_of_a_third_keeps_a_prefix_from_seven_steps_on(count, kept_possible):
     assert gear.last_candidate(K, 1 / 3)[count] - 1 == max(0, kept_possible) or count <= 1
     assert gear.last_candidate(K, 1 / 3)[count] == max(1, -(-count // 3) - 1)
@@ -156,9 +156,7 @@ def test_pure(candidate, weight):
 
 
 def test_nothing_scored_is_never_kept():
-    nothing = pure.purity(
-        jnp.zeros((1, 4)), jnp.zeros((1, 4)), jnp.full((1, 4), -1), 0.01, 0.2, steps=3
-    )
+    nothing = pure.purity(jnp.zeros((1, 4)), jnp.zeros((1, 4)), jnp.full((1, 4), -1), 0.01, 0.2, steps=3)
     assert np.isinf(nothing.score[0])
 
 

@@ -27,9 +27,7 @@ def by_text(pieces: list[str]) -> list[int]:
     for i in range(len(pieces)):
         steps.append(step)
         step += any(starts[i] < end <= starts[i + 1] for end in ends)
-    blank = {
-        s: not "".join(p for p, t in zip(pieces, steps) if t == s).strip(WHITE_SPACE) for s in set(steps)
-    }
+    blank = {s: not "".join(p for p, t in zip(pieces, steps) if t == s).strip(WHITE_SPACE) for s in set(steps)}
     if all(blank.values()):
         return [-1] * len(pieces)
     out, current = [], -1
@@ -46,8 +44,8 @@ def by_graph(vocabulary: list[str], ids: list[int], eos: bool) -> tuple[list[int
     if eos:
         tokens[0, len(ids)] = 0
     steps = find_steps(newline_table(vocabulary), jnp.asarray(tokens), jnp.array([length]), jnp.array([len(ids)]))
-    index = np.asarray(steps.index[0]).tolist()
-    return index[:length], np.flatnonzero(steps.starts[0]).tolist(), int(steps.count[0])
+    index = np.asarray(steps.of_token[0]).tolist()
+    return index[:length], np.flatnonzero(steps.starts[0]).tolist(), int(steps.number[0])
 
 
 def agree(vocabulary: list[str], ids: list[int], eos: bool) -> None:

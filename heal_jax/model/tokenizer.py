@@ -35,9 +35,11 @@ def newline_table(pieces: list[str]) -> NewlineTable:
         trail = len(piece) - len(piece.rstrip("\n"))
         only = lead == len(piece)
         inner = not only and "\n\n" in piece[lead : len(piece) - trail]
-        rows.append((min(lead, 2), min(trail, 2), only, inner or (lead >= 2 and not only), not piece.strip(WHITE_SPACE)))
-    lead, trail, only, inner, blank = (np.array(column) for column in zip(*rows))
-    return NewlineTable(lead.astype(np.int8), trail.astype(np.int8), only, inner, blank)
+        rows.append(
+            (min(lead, 2), min(trail, 2), only, inner or (lead >= 2 and not only), not piece.strip(WHITE_SPACE))
+        )
+    columns = [np.array(column) for column in zip(*rows)]
+    return NewlineTable(columns[0].astype(np.int8), columns[1].astype(np.int8), *columns[2:])
 
 
 class Tokenizer:
@@ -74,7 +76,9 @@ class Tokenizer:
                 ids += value if isinstance(value, list) else [value]
         found = tuple(dict.fromkeys(i for i in ids if i is not None))
         if not found or any(not isinstance(i, int) or not 0 <= i < self.vocab_size for i in found):
-            raise InputError(f"{self.folder}: no valid eos_token_id in tokenizer, generation_config.json or config.json")
+            raise InputError(
+                f"{self.folder}: no valid eos_token_id in tokenizer, generation_config.json or config.json"
+            )
         return found
 
     def prompt(self, question: str) -> list[int]:
@@ -101,7 +105,7 @@ class Tokenizer:
         return newline_table(self.pieces)
 
     def _decode(self, ids: list[int]) -> str:
-        return self.hf.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return str(self.hf.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def without_eos(self, ids: list[int]) -> list[int]:
         """The ids before the end-of-sequence token, where there is one at the end."""

@@ -8,6 +8,7 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -114,7 +115,7 @@ def load(folder: str | Path, dtype: jnp.dtype = jnp.float32, mesh: Mesh | None =
     folder = Path(folder)
     config = decoder_config(folder)
     graph, shapes = abstract(config, dtype)
-    flat = dict(nnx.to_flat_state(shapes))
+    flat: dict[Any, Any] = dict(nnx.to_flat_state(shapes))
     rows = {row.tensor: row for row in table(config)}
     files = _files(folder)
     present = set(files)
@@ -152,6 +153,6 @@ def save_weights(model: Model, path: Path) -> None:
 
 def shardings(model: Model, mesh: Mesh) -> nnx.State:
     """A pytree like `model.params` with the sharding of each parameter."""
-    axes = {row.path: row.axes for row in table(model.config)}
+    axes: dict[Any, tuple[str | None, ...]] = {row.path: row.axes for row in table(model.config)}
     flat = nnx.to_flat_state(model.params)
     return nnx.from_flat_state([(path, v.replace(sharding(mesh, axes[path], v.shape))) for path, v in flat])

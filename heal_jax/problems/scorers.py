@@ -24,10 +24,6 @@ Verdict = tuple[str, str]
 Score = Callable[[dict[str, Any], str], Verdict]
 
 MEMORY = 4 << 30  # bytes of address space: an answer such as 10^{10^{10}} must not take the machine with it
-LOOSE_FAMILIES = {
-    "coin_flip",  # a prefix scores 1.0: "0" for 0.25
-    "game_of_life_halting",  # any text scores 1.0 for any other
-}
 
 
 def serve(connection: Connection) -> None:
@@ -89,7 +85,7 @@ def load(kind: str, metadata: dict[str, Any]) -> Score:
     """The scorer of a kind, imported and warmed up, so that no answer pays for that."""
     if kind == "reasoning_gym":
         family, options = metadata["source_dataset"], metadata.get("source_options", {})
-        return exact if family in LOOSE_FAMILIES else _family(family, pickle.dumps(options))
+        return _family(family, pickle.dumps(options))
     if kind == "math":
         _warm_up()
         return math
@@ -100,7 +96,23 @@ def load(kind: str, metadata: dict[str, Any]) -> Score:
 
 def exact(problem: dict[str, Any], answer: str) -> Verdict:
     """The same text, white space and Unicode composition aside."""
-    return ("correct" if _text(problem["answer"]) == _text(answer) else "wrong"), ""
+    return "correct" if _same_text(problem["answer"], answer) else "wrong", ""
+
+
+def _same_text(gold: str, answer: str) -> bool:
+    return _text(gold) == _text(answer)
+
+
+def _same_numbers(gold: str, answer: str) -> bool:
+    return Counter(re.findall(r"\d+", gold)) == Counter(re.findall(r"\d+", answer))
+
+
+# What must hold besides full credit, in families whose scorer gives that to wrong answers.
+STRICTER: dict[str, Callable[[str, str], bool]] = {
+    "coin_flip": _same_text,  # a prefix is enough: "0" for 0.25
+    "game_of_life_halting": _same_text,  # any text is enough
+    "puzzle24": _same_numbers,  # any four numbers that make 24 are enough
+}
 
 
 @functools.cache
@@ -108,11 +120,12 @@ def _family(name: str, options: bytes) -> Score:
     import reasoning_gym
 
     data = reasoning_gym.create_dataset(name, **pickle.loads(options))
+    also = STRICTER.get(name)
 
     def score(problem: dict[str, Any], answer: str) -> Verdict:
         credit = data.score_answer(answer, problem)
         if credit == 1.0:
-            return "correct", ""
+            return "correct" if also is None or also(problem["answer"], answer) else "wrong", ""
         return "wrong", f"partial credit {credit:.3g}" if credit else ""
 
     return score
@@ -143,7 +156,7 @@ def math(problem: dict[str, Any], answer: str) -> Verdict:
     Units are not compared (5 cm is 5 and 5 m).
     """
     gold = problem["answer"]
-    if _text(gold) == _text(answer):
+    if _same_text(gold, answer):
         return "correct", ""
     word, other = _plain(gold), _plain(answer)
     if WORDS.fullmatch(word) and LONG_WORD.search(word):

@@ -10,7 +10,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from heal_jax import config
+from heal_jax.config import Config
+from heal_jax.config import load as load_config
 from heal_jax.errors import InputError
 from heal_jax.model.tokenizer import Tokenizer
 from heal_jax.store import DECISIONS, EVALUATION, PROBLEMS, ROLLOUTS, RunDirectory, read_json, read_table
@@ -23,7 +24,7 @@ class RunData:
     """A run, finished or not. `config` is None where config.yaml is not there or does not fit this version."""
 
     root: Path
-    config: config.Config | None
+    config: Config | None
     manifest: dict[str, Any]
     problems: dict[str, dict[str, Any]]  # by id
     rollouts: pa.Table
@@ -35,9 +36,9 @@ class RunData:
     notes: list[str]
 
     @property
-    def settings(self) -> config.Config:
+    def settings(self) -> Config:
         """The run's config, or the defaults where it could not be read."""
-        return self.config or config.Config()
+        return self.config or Config()
 
     def rollout(self, rollout_id: str | None) -> dict[str, Any] | None:
         """The row of a rollout, or None."""
@@ -57,7 +58,7 @@ class RunData:
     def outcomes(self) -> list[tuple[str, str, str, dict[str, Any]]]:
         """problem_id, kind, grade and decision ({} while there is none) of every rollout."""
         columns = (self.rollouts[name].to_pylist() for name in ("problem_id", "kind", "grade", "rollout_id"))
-        return [(p, kind, grade, self.decisions.get(i, {})) for p, kind, grade, i in zip(*columns)]
+        return [(p, kind, grade, self.decisions.get(i, {})) for p, kind, grade, i in zip(*columns, strict=True)]
 
 
 def load(root: Path) -> RunData:
@@ -87,7 +88,7 @@ def load(root: Path) -> RunData:
     summary = read(root / "summary.json", read_json, {})
     return RunData(
         root=root,
-        config=read(root / "config.yaml", config.load, None),
+        config=read(root / "config.yaml", load_config, None),
         manifest=directory.manifest,
         problems={problem["id"]: problem for problem in problems},
         rollouts=pa.concat_tables([rollouts(kind) for kind in KINDS]),
@@ -103,7 +104,7 @@ def load(root: Path) -> RunData:
 
 
 def _training(path: Path) -> list[dict[str, Any]]:
-    """The train events. An interrupted run leaves a torn line, and repeats steps when it goes on: the last one counts."""
+    """The train events. An interrupted run leaves a torn line, and repeats steps when it goes on: the last counts."""
     steps: dict[tuple[str, int], dict[str, Any]] = {}
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
@@ -130,6 +131,6 @@ def _tokenizer(manifest: dict[str, Any], notes: list[str]) -> Tokenizer | None:
 def grades(evaluation: pa.Table) -> dict[str, dict[str, int]]:
     """Samples of each grade, by model."""
     counts: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
-    for model, grade in zip(evaluation["model"].to_pylist(), evaluation["grade"].to_pylist()):
-        counts[model][grade] += 1
+    for row in evaluation.select(["model", "grade"]).to_pylist():
+        counts[row["model"]][row["grade"]] += 1
     return counts

@@ -5,6 +5,7 @@ since plotly reads a few tags in labels.
 """
 
 import html
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -142,7 +143,8 @@ def flow(run: RunData) -> Figure:
     links = problem_flow(run)
     titles = {
         "problems": "problems", "solved": "solved", "hard": "hard", "unsolved": "unsolved",
-        "repair": "repair", "repair-pure": "right repairs", "hindsight": "hindsight", "hindsight-pure": "right with hindsight",
+        "repair": "repair", "repair-pure": "right repairs",
+        "hindsight": "hindsight", "hindsight-pure": "right with hindsight",
         "stage 1": "stage 1", "stage 2": "stage 2", "stage 3": "stage 3", "nothing": "no example",
     }  # fmt: skip
     through: Counter[str] = Counter()
@@ -187,10 +189,10 @@ def problem_flow(run: RunData) -> dict[tuple[str, str], int]:
         if decision.get("kept"):
             stages.add((problem, decision["stage"]))
     links: Counter[tuple[str, str]] = Counter()
-    for name, problem in run.problems.items():
-        if problem["stratum"] not in STRATA:
+    for name, row in run.problems.items():
+        if row["stratum"] not in STRATA:
             continue
-        path = ["problems", problem["stratum"]]
+        path = ["problems", row["stratum"]]
         for kind, stage in (("repair", 3), ("hindsight", 2), ("base", 1)):
             if kind != "base":
                 path += [kind] if (name, kind) in tried else []
@@ -200,7 +202,7 @@ def problem_flow(run: RunData) -> dict[tuple[str, str], int]:
                 break
         else:
             path.append("nothing")
-        links.update(zip(path, path[1:]))
+        links.update(itertools.pairwise(path))
     return dict(links)
 
 
@@ -224,7 +226,7 @@ def losses(training: Sequence[dict[str, Any]]) -> Figure:
                 }
             )
     heal = [event for event in training if event["model"] == "heal"]
-    changes = [(a["step"], b.get("phase")) for a, b in zip(heal, heal[1:]) if a.get("phase") != b.get("phase")]
+    changes = [(a["step"], b.get("phase")) for a, b in itertools.pairwise(heal) if a.get("phase") != b.get("phase")]
     if heal:
         changes.insert(0, (0, heal[0].get("phase")))
     return _figure(

@@ -105,8 +105,8 @@ def did_it_help(run: RunData) -> Iterable[Html]:
         yield table(["", *(join([name, tag("small", f" n = {n}")]) for name, n in counts)], rows)
         yield tag(
             "p",
-            "Mean over problems of the share of right samples (pass@1), with 95 % bootstrap intervals over problems; n is "
-            "the number of problems. The difference, in percentage points, is paired by problem.",
+            "Mean over problems of the share of right samples (pass@1), with 95 % bootstrap intervals over problems; "
+            "n is the number of problems. The difference, in percentage points, is paired by problem.",
             class_="caption",
         )
     counted = grades(run.evaluation)
@@ -124,7 +124,7 @@ def sentence(difference: dict[str, Any], accuracy: dict[str, Any]) -> str:
     if "heal" in accuracy and "rejection_sampling" in accuracy:
         ours, theirs = (percent(accuracy[name]["mean"]) for name in ("heal", "rejection_sampling"))
         parts.append(
-            f"The HEAL student answers {ours} of the held-out samples correctly, the rejection-sampling student {theirs}:"
+            f"The HEAL student is right in {ours} of held-out samples, the rejection-sampling student {theirs}:"
         )
     parts.append(f"a difference of {points(mean)} points, 95 % interval {points(low)} to {points(high)}.")
     if low <= 0 <= high:
@@ -146,9 +146,9 @@ def where_from(run: RunData) -> Iterable[Html]:
         yield plot(figures.flow(run), "flow of problems through the method", wide=True)
         yield tag(
             "p",
-            "Every problem is drawn once, to the latest stage that learns from it. Unsolved problems try repairs first, then "
-            "hindsight, as the other hard ones do. What leaves “right repairs” and “right with hindsight” towards a stage is "
-            "what PURE keeps; stage 1 takes correct unaided rollouts.",
+            "Every problem is drawn once, to the latest stage that learns from it. Unsolved problems try repairs "
+            "first, then hindsight, as the other hard ones do. What leaves “right repairs” and “right with hindsight” "
+            "towards their stages is what PURE keeps; stage 1 takes correct unaided rollouts.",
             class_="caption",
         )
     elif "curate" not in run.manifest["stages"]:
@@ -167,8 +167,8 @@ def where_from(run: RunData) -> Iterable[Html]:
         yield plot(figures.pass_rates(problems, n, most), "histogram of the pass rates of the problems")
         yield tag(
             "p",
-            f"{ceiling} of {len(problems)} problems ({percent(ceiling / len(problems))}) lie above the ceiling: at most {most} of "
-            f"{n} unaided rollouts solve them. Rejection sampling learns next to nothing from these.",
+            f"{ceiling} of {len(problems)} problems ({percent(ceiling / len(problems))}) lie above the ceiling: at "
+            f"most {most} of {n} unaided rollouts solve them. Rejection sampling learns next to nothing from these.",
             class_="caption",
         )
     else:
@@ -207,8 +207,8 @@ def what_repairs(run: RunData) -> Iterable[Html]:
         "p",
         "Left, a failed rollout of the teacher: the step where its entropy surges, and the cut before it. Right, the "
         "repair: what is kept, what the teacher alone is shown, and how it goes on. PURE then looks at the new steps "
-        "without the hint: a ratio well above 1 means that the teacher would not have gone there by itself. The last line, A, is "
-        "the answer, scored as one more step.",
+        "without the hint: a ratio well above 1 means that the teacher would not have gone there by itself. The last "
+        "line, A, is the answer, scored as one more step.",
     )
     if any(one.shaded for pair in shown for one in pair if one):
         yield repairs.legend(top)
@@ -234,8 +234,8 @@ def how_training(run: RunData) -> Iterable[Html]:
     yield table(["", "steps", "tokens", "loss tokens", "last loss", "seconds"], rows)
     yield tag(
         "p",
-        "Both students start from the same weights and take the same number of optimizer steps with the same learning rates. "
-        "The losses are on different examples: they say that training ran well, not which student is better.",
+        "Both students start from the same weights and take the same number of optimizer steps with the same learning "
+        "rates. The losses are on different examples: they say that training ran well, not which student is better.",
         class_="caption",
     )
 
@@ -254,9 +254,9 @@ def what_ran(run: RunData) -> Iterable[Html]:
         yield table([], flatten(facts).items(), class_="facts-table")
     else:
         yield todo("versions, device and hashes (manifest.json).")
-    seconds = run.summary.get("seconds")
+    seconds = run.summary.get("seconds") or {}
     rates = {k: v for k, v in (run.summary.get("throughput") or {}).items() if v}
-    timed = [[name, number(value, 1)] for name, value in (seconds or {}).items()]
+    timed = [[name, number(value, 1)] for name, value in seconds.items()]
     if timed:
         timed.append(["all", number(sum(seconds.values()), 1)])
     speeds = [[name.replace("_tokens_per_s", ", tokens a second"), number(value, 1)] for name, value in rates.items()]

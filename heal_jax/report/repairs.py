@@ -14,7 +14,7 @@ SHADES = 10  # classes s0..s9 of the style sheet
 
 
 def choose(run: RunData, count: int = 8) -> list[dict[str, Any]]:
-    """Rows of repairs to show: half of them kept (lowest S first), half dropped, in pairs; as few of one problem as can be.
+    """Rows of repairs to show: half of them kept (lowest S first), half dropped; as few of one problem as can be.
 
     Those that keep a prefix come first. Of the dropped, those that PURE dropped come first, then those that talk about
     the hint, then failures; what was dropped as one too many is last. Ties go by rollout_id.
@@ -59,7 +59,7 @@ def _spread(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for row in rows:
         turns.append(seen.setdefault(row["problem_id"], 0))
         seen[row["problem_id"]] += 1
-    return [row for _, row in sorted(zip(turns, rows), key=lambda pair: pair[0])]
+    return [row for _, row in sorted(zip(turns, rows, strict=True), key=lambda pair: pair[0])]
 
 
 def pairs(run: RunData, count: int = 8) -> list[tuple[View, View | None]]:
@@ -133,7 +133,8 @@ def failure(parent: View, repair: dict[str, Any], top: float) -> Html:
     kept, at = repair["kept_tokens"] or 0, repair["breakpoint_step"]
     starts = parent.row["step_starts"] or [0]
     cut = sum(start < kept for start in starts)
-    rows, before = [], None
+    rows: list[Html] = []
+    before: float | None = None
     for step in parent.steps:
         if step.number == cut:
             rows.append(_bar("cut", f"cut: {cut or 'no'} step{'s' * (cut != 1)} kept, {kept} tokens", 4))

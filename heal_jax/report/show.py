@@ -127,7 +127,7 @@ def _rollout(run: RunData, shown: View, console: Console) -> None:
 
 
 def _part(console: Console, title: str, text: Text | None) -> None:
-    _print(console, Text.assemble((f"\n{title}", "bold"), *([": ", text] if text else [])))
+    _print(console, Text.assemble((f"\n{title}", "bold"), *((": ", text) if text else ())))
 
 
 def _steps(console: Console, steps: Sequence[Step], top: float) -> None:

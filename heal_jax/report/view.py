@@ -32,7 +32,7 @@ class Scored:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """entropy: mean over its tokens, None for kept steps. kept: copied from the parent. scored: None where PURE did not."""
+    """entropy: mean over its tokens, None for kept steps. kept: copied from the parent. scored: as PURE saw it."""
 
     number: int
     tokens: tuple[Token, ...]
@@ -62,7 +62,7 @@ def view(row: dict[str, Any], question: str, tokenizer: Tokenizer | None, config
     kept = row["kept_tokens"] or 0
     tokens, shaded = _tokens(row, tokenizer)
     starts = row["step_starts"] or [0]
-    bounds = list(zip(starts, [*starts[1:], len(row["tokens"])]))
+    bounds = list(zip(starts, [*starts[1:], len(row["tokens"])], strict=True))
     texts = [tokens[start:end] for start, end in bounds] if shaded else _plain_steps(row["text"] or "", len(starts))
     entropies = _entropies(row)
     figures, answer = _scores(row, ["".join(t.text for t in text) for text in texts], kept, config)
@@ -88,7 +88,7 @@ def _tokens(row: dict[str, Any], tokenizer: Tokenizer | None) -> tuple[list[Toke
     if tokenizer is None or "".join(texts) != row["text"]:
         return [], False
     texts += [END] * (len(row["tokens"]) - len(texts))
-    return [Token(text, entropy) for text, entropy in zip(texts, _entropies(row))], True
+    return [Token(text, entropy) for text, entropy in zip(texts, _entropies(row), strict=True)], True
 
 
 def _entropies(row: dict[str, Any]) -> list[float | None]:
@@ -133,7 +133,7 @@ def _scores(
     if row["step_ppl"] is None or row["step_expected_ppl"] is None:
         return {}, None
     epsilon = config.pure.epsilon
-    figures = [Scored(p, e, p / (e + epsilon)) for p, e in zip(row["step_ppl"], row["step_expected_ppl"])]
+    figures = [Scored(p, e, p / (e + epsilon)) for p, e in zip(row["step_ppl"], row["step_expected_ppl"], strict=True)]
     numbers = [i for i, start in enumerate(row["step_starts"]) if start >= kept]
     grade = config.grade
     span = answer_span(row["text"] or "", grade.answer_open, grade.answer_close, grade.think_end)
@@ -142,7 +142,7 @@ def _scores(
         ends = [sum(map(len, texts[: i + 1])) for i in range(len(texts))]
         holder = next((i for i, end in enumerate(ends) if span[0] < end), None)
         numbers = [i for i in numbers if i != holder]
-    return dict(zip(numbers, figures)), answer
+    return dict(zip(numbers, figures, strict=False)), answer
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

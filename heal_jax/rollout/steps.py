@@ -11,13 +11,13 @@ from heal_jax.model.tokenizer import NewlineTable
 
 
 class Steps(NamedTuple):
-    """index [B, T] int32: the step that each token belongs to (-1 beyond the rollout, and where there is no step);
-    starts [B, T] bool: first tokens of steps; count [B] int32: K.
+    """of_token [B, T] int32: the step that each token belongs to (-1 beyond the rollout, and where there is no step);
+    starts [B, T] bool: first tokens of steps; number [B] int32: K.
     """
 
-    index: Array
+    of_token: Array
     starts: Array
-    count: Array
+    number: Array
 
 
 def find_steps(table: NewlineTable, tokens: Array, length: Array, text_length: Array) -> Steps:

@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -41,7 +42,7 @@ class Recipe:
 def recipes() -> dict[str, Recipe]:
     """The teacher (0.8 M parameters, Qwen3) and the student (0.3 M, Llama)."""
     vocab = tokenizer.build().get_vocab_size()
-    shared = {"vocab_size": vocab, "rope_theta": 10000.0, "rms_norm_eps": 1e-6, "tie_embeddings": True}
+    shared: dict[str, Any] = {"vocab_size": vocab, "rope_theta": 10000.0, "rms_norm_eps": 1e-6, "tie_embeddings": True}
     teacher = DecoderConfig(
         family="qwen3",
         hidden_size=128,
@@ -125,7 +126,8 @@ def save(model: Model, folder: Path) -> None:
     """Write a Hugging Face folder: config.json, model.safetensors, tokenizer files, generation_config.json."""
     folder.mkdir(parents=True, exist_ok=True)
     encoder = tokenizer.build()
-    eos, pad = encoder.token_to_id(tokenizer.END), encoder.token_to_id(tokenizer.PAD)
+    vocabulary = encoder.get_vocab()
+    eos, pad = vocabulary[tokenizer.END], vocabulary[tokenizer.PAD]
     config = config_json(model.config, "float32", (eos,), pad)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     settings = {"eos_token_id": eos, "pad_token_id": pad}
@@ -139,7 +141,7 @@ def make(out: Path, names: tuple[str, ...] = ("teacher", "student")) -> None:
     for name in names:
         start = time.perf_counter()
 
-        def report(step: int, loss: float) -> None:
+        def report(step: int, loss: float, name: str = name, start: float = start) -> None:
             print(f"{name}: step {step}, loss {loss:.4f}, {time.perf_counter() - start:.0f} s", flush=True)
 
         save(pretrain(recipes()[name], report), out / name)

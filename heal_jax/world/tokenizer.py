@@ -20,9 +20,8 @@ CHAT_TEMPLATE = (
     "{% if m['role'] == 'assistant' %}<|end|>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-WORDS = (
-    "State| the| final| answer| to| following| arithmetic| problem|The| is|Hint|As| hint| says|What|Add|Compute"
-).split("|")
+WORDS = ["State", " the", " final", " answer", " to", " following", " arithmetic", " problem", "The", " is", "Hint"]
+WORDS += ["As", " hint", " says", "What", "Add", "Compute"]
 
 
 def build() -> Tokenizer:
