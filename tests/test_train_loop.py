@@ -1,6 +1,7 @@
 """Loss, optimizer, phases, and going on after an interruption."""
 
 import dataclasses
+import functools
 import math
 import os
 import shutil
@@ -23,11 +24,11 @@ from orbax.checkpoint import v1 as ocp
 from heal_jax.config import TrainSpec
 from heal_jax.errors import RunError
 from heal_jax.model.config import DecoderConfig
-from heal_jax.model.decoder import Model, initialise
+from heal_jax.model.decoder import Decoder, Model, initialise
 from heal_jax.train import loop
 from heal_jax.train.data import Example, batches
 from heal_jax.train.loop import Phase, optimizer, schedule, stage_steps, train
-from heal_jax.train.step import token_losses, train_step
+from heal_jax.train.step import loss_fn, token_losses, train_step
 
 CONFIG = DecoderConfig(
     family="qwen3",
@@ -59,8 +60,11 @@ SPEC = TrainSpec(steps=22, batch=4, warmup=0.2)
 PHASES = [Phase("stage 1", examples(5), 9), Phase("empty", [], 0), Phase("stage 3", examples(11), 13)]
 
 
+initial = functools.cache(lambda: initialise(CONFIG, 0))
+
+
 def run(folder: Path, log: Callable[[dict[str, Any]], None] = lambda line: None, **changes: Any) -> Model:
-    arguments: dict[str, Any] = {"model": initialise(CONFIG, 0), "phases": PHASES, "spec": SPEC} | {
+    arguments: dict[str, Any] = {"model": initial(), "phases": PHASES, "spec": SPEC} | {
         "length": LENGTH,
         "pad_id": PAD,
         "seed": 3,
@@ -74,6 +78,11 @@ def run(folder: Path, log: Callable[[dict[str, Any]], None] = lambda line: None,
 
 def arrays(model: Model) -> dict[Any, np.ndarray]:
     return {path: np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(model.params)}
+
+
+@nnx.jit
+def logits_of(decoder: Decoder, tokens: jax.Array) -> jax.Array:
+    return decoder.logits(decoder(tokens))
 
 
 def same_bits(one: Model, other: Model) -> bool:
@@ -149,21 +158,20 @@ def test_both_students_share_one_optimizer() -> None:
 
 
 def test_loss_is_the_mean_over_learned_tokens_in_float64() -> None:
-    model = initialise(CONFIG, 1)
+    model = initial()
     model = dataclasses.replace(model, params=jax.tree.map(lambda x: 5 * x, model.params))  # far from uniform
-    tokens, mask = next(batches(examples(6), 4, LENGTH, 0, PAD))
-    decoder = nnx.merge(model.graph, model.params)
-    logits = np.asarray(decoder.logits(decoder(jnp.asarray(tokens))), np.float64)[:, :-1]
+    tokens, mask = (jnp.asarray(x) for x in next(batches(examples(6), 4, LENGTH, 0, PAD)))
+    logits = np.asarray(logits_of(nnx.merge(model.graph, model.params), tokens), np.float64)[:, :-1]
     highest = logits.max(axis=-1, keepdims=True)
     log_probs = logits - highest - np.log(np.exp(logits - highest).sum(axis=-1, keepdims=True))
-    expected = -np.take_along_axis(log_probs, tokens[:, 1:, None], axis=-1)[..., 0]
-    losses = np.asarray(token_losses(model.graph, model.params, jnp.asarray(tokens)))
+    expected = -np.take_along_axis(log_probs, np.asarray(tokens)[:, 1:, None], axis=-1)[..., 0]
+    both = jax.jit(
+        lambda params: (token_losses(model.graph, params, tokens), loss_fn(params, model.graph, tokens, mask))
+    )
+    losses, mean = (np.asarray(x) for x in both(model.params))
     assert losses.shape == tokens.shape and not losses[:, 0].any()
     np.testing.assert_allclose(losses[:, 1:], expected, rtol=2e-5, atol=2e-5)
-    state = optimizer(SPEC, 22).init(model.params)
-    copy = jax.tree.map(jnp.copy, model.params)
-    _, _, metrics = train_step(model.graph, optimizer(SPEC, 22), copy, state, tokens, mask)
-    assert float(metrics["loss"]) == pytest.approx(expected[mask[:, 1:]].mean(), rel=1e-5)
+    assert mean == pytest.approx(expected[np.asarray(mask)[:, 1:]].mean(), rel=1e-5)
 
 
 def test_training_equals_torch(tmp_path: Path) -> None:
@@ -249,17 +257,18 @@ def test_the_log(uninterrupted: tuple[Path, Model, list[dict[str, Any]]]) -> Non
 
 
 def test_the_given_model_is_untouched(tmp_path: Path) -> None:
-    model, untouched = initialise(CONFIG, 0), initialise(CONFIG, 0)
-    trained = run(tmp_path, model=model)
-    assert same_bits(model, untouched)
-    assert all((a != b).any() for a, b in zip(arrays(trained).values(), arrays(model).values(), strict=True))
+    model = initial()
+    before = {path: array.copy() for path, array in arrays(model).items()}
+    trained = arrays(run(tmp_path))
+    for path, array in arrays(model).items():
+        assert (array == before[path]).all() and (array != trained[path]).any()
 
 
 def test_one_compilation_for_all_phases_and_students(tmp_path: Path) -> None:
     run(tmp_path / "heal")
-    compiled = train_step._cache_size()
+    compiled = train_step._cache_size()  # type: ignore[attr-defined]
     run(tmp_path / "rejection_sampling", phases=[Phase("stage 1", examples(5), 22)])
-    assert train_step._cache_size() == compiled
+    assert train_step._cache_size() == compiled  # type: ignore[attr-defined]
 
 
 def test_the_end_is_learned(tmp_path: Path) -> None:
@@ -270,26 +279,25 @@ def test_the_end_is_learned(tmp_path: Path) -> None:
     spec = TrainSpec(batch=2, learning_rate=1e-2)
     trained = run(tmp_path, phases=[Phase("stage 1", pair, 60)], spec=spec, pad_id=eos)
     decoder = nnx.merge(trained.graph, trained.params)
-    predict = nnx.jit(lambda decoder, tokens: jnp.argmax(decoder.logits(decoder(tokens)), axis=-1))
     for text in texts:
         row = list(text[:3])
         while row[-1] != eos and len(row) < 16:
             padded = jnp.asarray([row + [0] * (16 - len(row))], jnp.int32)
-            row.append(int(predict(decoder, padded)[0, len(row) - 1]))
+            row.append(int(logits_of(decoder, padded)[0, len(row) - 1].argmax()))
         assert tuple(row) == text
 
 
 def test_bfloat16_keeps_float32_weights_while_training(tmp_path: Path) -> None:
-    """A hundred updates of 1e-5 move the norms' ones (next bfloat16 below: 0.996), which one of them would not."""
-    model = initialise(CONFIG, 0, jnp.bfloat16)
-    phase = Phase("stage 1", examples(5), 600)
-    spec = TrainSpec(batch=4, learning_rate=1e-5, schedule="constant", warmup=0.0)
+    """Forty updates of 2e-4 move the norms' ones (next bfloat16 below: 0.996), which one alone does not."""
+    model = dataclasses.replace(initial(), params=jax.tree.map(lambda x: x.astype(jnp.bfloat16), initial().params))
+    phase = Phase("stage 1", examples(5), 40)
+    spec = TrainSpec(batch=4, learning_rate=2e-4, schedule="constant", warmup=0.0)
     trained = run(tmp_path, model=model, phases=[phase], spec=spec)
     assert {leaf.dtype for leaf in jax.tree.leaves(trained.params)} == {jnp.dtype(jnp.bfloat16)}
     norm = arrays(trained)["norm", "weight"].astype(np.float32)
-    assert 1e-3 < np.abs(norm - 1).max() < 6e-3 + 2**-8
+    assert 1e-3 < np.abs(norm - 1).max() < 8e-3 + 2**-8
     assert same_bits(trained, run(tmp_path, model=model, phases=[phase], spec=spec))
-    saved = ocp.load(tmp_path / "600")
+    saved = ocp.metadata(tmp_path / "40").metadata
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(saved)} == {"float32", "int32"}
 
 
@@ -310,7 +318,7 @@ def stop_at(step: int) -> Callable[[dict[str, Any]], None]:
 
 @pytest.mark.parametrize(
     ("step", "seconds", "kept"),
-    [(9, 1e9, []), (20, 1e9, ["9"]), (20, 1e-9, ["18", "19"]), (22, 1e-9, ["20", "21"])],
+    [(9, 1e9, []), (20, 1e9, ["9"]), (20, 1e-9, ["18", "19"]), (22, 1e9, ["9"])],
 )
 def test_interrupted_training_ends_with_the_same_bits(
     tmp_path: Path, uninterrupted: tuple[Path, Model, list[dict[str, Any]]], step: int, seconds: float, kept: list[str]
@@ -374,19 +382,33 @@ def test_a_finished_training_is_only_restored(
 def test_checkpoints_of_another_training_are_refused(
     tmp_path: Path, uninterrupted: tuple[Path, Model, list[dict[str, Any]]]
 ) -> None:
-    other = initialise(dataclasses.replace(CONFIG, hidden_size=40), 0)
-    with pytest.raises(RunError, match="not a checkpoint of this training") as error:
-        run(uninterrupted[0], model=other)
+    folder = uninterrupted[0]
+    with pytest.raises(RunError, match="22: of another training, with different model;"):
+        run(folder, model=dataclasses.replace(initial(), config=dataclasses.replace(CONFIG, rope_theta=2e4)))
+    with pytest.raises(RunError, match="different train and phases;"):
+        run(folder, spec=dataclasses.replace(SPEC, learning_rate=2e-3), phases=PHASES[:1])
+    with pytest.raises(RunError, match="different batches;"):
+        run(folder, seed=4)
+    changed = [PHASES[0], Phase("stage 3", examples(11, seed=1), 13)]
+    with pytest.raises(RunError, match="different phases;"):
+        run(folder, phases=changed)
+
+
+def test_a_damaged_checkpoint_is_said(tmp_path: Path, uninterrupted: tuple[Path, Model, list[dict[str, Any]]]) -> None:
+    shutil.copytree(uninterrupted[0], tmp_path / "checkpoints")
+    (tmp_path / "checkpoints" / "22" / "state" / "manifest.ocdbt").unlink()
+    with pytest.raises(RunError, match="22: damaged .*; remove it to go on from the one before") as error:
+        run(tmp_path / "checkpoints")
     assert "\n" not in str(error.value)
-    with pytest.raises(RunError, match="holds step 22, of a training longer than 9 steps"):
-        run(uninterrupted[0], phases=PHASES[:1])
+    shutil.rmtree(tmp_path / "checkpoints" / "22")
+    assert same_bits(run(tmp_path / "checkpoints"), uninterrupted[1])
 
 
 # What must be loud
 
 
 def test_a_loss_that_is_not_finite_stops_the_training(tmp_path: Path) -> None:
-    model = initialise(CONFIG, 0)
+    model = initial()
     broken = jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(jnp.nan), model.params)
     with pytest.raises(RunError, match=r"training step 1 \(stage 1\): loss nan") as error:
         run(tmp_path, model=dataclasses.replace(model, params=broken), checkpoint_seconds=1e-9)
@@ -414,7 +436,7 @@ def test_nothing_to_train_on(tmp_path: Path, phases: list[Phase]) -> None:
 
 
 def test_sharded_training(tmp_path: Path, uninterrupted: tuple[Path, Model, list[dict[str, Any]]]) -> None:
-    """Four devices: one compilation, placed as the table says, resumed to the same bits, near the one-device weights."""
+    """Four devices: one compilation, placed as the table says, resumed to the same bits, near the weights of one."""
     code = f"""
 import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
@@ -441,7 +463,7 @@ assert jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b), before, mode
 assert train_step._cache_size() == 1, train_step._cache_size()
 placed = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), whole.params, shardings(model, mesh))
 assert jax.tree.all(placed), placed
-assert not jax.tree.leaves(whole.params)[-1].is_fully_replicated or CONFIG.hidden_size % 2
+assert not whole.params["embed"][...].is_fully_replicated
 save_weights(whole, folder / "whole.safetensors")
 """
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "NPROC": "16"}

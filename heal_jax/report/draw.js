@@ -1,6 +1,5 @@
 "use strict";
 // Figures name colours as "$accent"; the style sheet of the current scheme says what they are.
-const dark = matchMedia("(prefers-color-scheme: dark)");
 
 function paint(value, key, style) {
   if (Array.isArray(value)) return value.map((item) => paint(item, key, style));
@@ -11,13 +10,17 @@ function paint(value, key, style) {
   return named ? style.getPropertyValue("--" + value.slice(1)).trim() : value;
 }
 
+const places = document.querySelectorAll(".plot");
+
 function draw() {
   const style = getComputedStyle(document.documentElement);
-  for (const place of document.querySelectorAll(".plot")) {
+  for (const place of places) {
     const figure = paint(JSON.parse(place.nextElementSibling.textContent), "", style);
-    Plotly.react(place, figure.data, figure.layout, { responsive: true, displayModeBar: false });
+    Plotly.react(place, figure.data, figure.layout, { displayModeBar: false });
   }
 }
 
 draw();
-dark.addEventListener("change", draw);
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
+const resized = new ResizeObserver((entries) => entries.forEach((entry) => Plotly.Plots.resize(entry.target)));
+places.forEach((place) => resized.observe(place));

@@ -17,13 +17,16 @@ MODELS = {"teacher": "Teacher", "student_base": "Student before", "rejection_sam
           "heal": "HEAL"}  # fmt: skip
 COLOURS = {"teacher": "$strong", "student_base": "$faint", "rejection_sampling": "$middle", "heal": "$accent"}
 SYMBOLS = {"teacher": "diamond", "student_base": "circle-open", "rejection_sampling": "square", "heal": "circle"}
+LEVELS = ("easy", "medium", "hard")
 STRATA = ("solved", "hard", "unsolved")
 
 Figure = dict[str, Any]
 
 
-def label(text: object) -> str:
-    return html.escape(str(text), quote=False)
+def label(text: object, most: int = 24) -> str:
+    """Text as plotly shows it; long names would push others off an axis."""
+    plain = str(text)
+    return html.escape(plain if len(plain) <= most else plain[: most - 1] + "…", quote=False)
 
 
 def _figure(data: list[dict[str, Any]], height: int, **layout: Any) -> Figure:
@@ -42,14 +45,18 @@ def _figure(data: list[dict[str, Any]], height: int, **layout: Any) -> Figure:
 
 
 def _axis(axis: dict[str, Any]) -> dict[str, Any]:
+    if "title" in axis:
+        axis = axis | {"title": {"text": axis["title"], "font": {"size": 13, "color": "$strong"}}}
     quiet = {"gridcolor": "$line", "zeroline": False, "linecolor": "$line", "automargin": True, "fixedrange": True}
     return quiet | axis
 
 
 def levels(accuracy: dict[str, Any]) -> list[str]:
-    """Levels in the order of the summary; none where problems have no level."""
+    """Levels in the order of the summary, those of the built-in world from easy to hard; none where there is only ""."""
     names = list(dict.fromkeys(name for figures in accuracy.values() for name in figures.get("per_level", {})))
-    return [] if names == [""] else names
+    return (
+        [] if names == [""] else sorted(names, key=lambda name: LEVELS.index(name) if name in LEVELS else len(LEVELS))
+    )
 
 
 def accuracies(accuracy: dict[str, Any]) -> Figure:
@@ -77,7 +84,12 @@ def accuracies(accuracy: dict[str, Any]) -> Figure:
                     "thickness": 2,
                     "width": 0,
                 },
-                "marker": {"color": COLOURS[model], "symbol": SYMBOLS[model], "size": 10, "line": {"width": 2}},
+                "marker": {
+                    "color": COLOURS[model],
+                    "symbol": SYMBOLS[model],
+                    "size": 10,
+                    "line": {"width": 2, "color": COLOURS[model]},
+                },
                 "hovertemplate": f"{title}: %{{y:.1f}} %<extra></extra>",
             }
         )
@@ -88,11 +100,11 @@ def accuracies(accuracy: dict[str, Any]) -> Figure:
         scattergap=0.5,
         xaxis={
             "tickvals": list(range(len(names) + 1)),
-            "ticktext": ["all", *(label(name or "no level") for name in names)],
+            "ticktext": ["all", *(label(name or "no level", 14) for name in names)],
             "range": [-0.5, len(names) + 0.5],
             "showgrid": False,
         },
-        yaxis={"range": [-3, 103], "ticksuffix": " %", "title": {"text": "accuracy"}},
+        yaxis={"range": [-3, 103], "ticksuffix": " %", "title": "accuracy"},
     )
 
 
@@ -108,34 +120,40 @@ def pass_rates(problems: Sequence[dict[str, Any]], n: int, max_correct: int) -> 
                 "name": name,
                 "x": sorted(counts),
                 "y": [counts[k] for k in sorted(counts)],
+                "width": 0.85,
                 "marker": {"color": colour},
                 "hovertemplate": f"%{{y}} problems with %{{x}} of {n} correct ({name})<extra></extra>",
             }
         )
-    marks = [
-        (max_correct + 0.5, f"unsolved: at most {max_correct} of {n}", "left"),
-        (SOLVED_RATE * n - 0.5, "solved: half or more", "left"),
+    solved_from = SOLVED_RATE * n - 0.5
+    names_at = [
+        (-0.5, 1.09, f"unsolved: at most {max_correct}", "left"),
+        ((max_correct + 0.5 + solved_from) / 2, 1, "hard", "center"),
+        ((solved_from + n + 0.5) / 2, 1, "solved", "center"),
     ]
     return _figure(
         traces,
-        height=300,
+        height=280,
         barmode="stack",
-        bargap=0.15,
-        margin={"l": 48, "r": 12, "t": 56, "b": 40},
-        legend={"orientation": "h", "x": 1, "xanchor": "right", "y": -0.2, "yanchor": "top"},
-        xaxis={"range": [-0.6, n + 0.6], "title": {"text": f"correct of {n} rollouts"}, "showgrid": False},
-        yaxis={"title": {"text": "problems"}, "rangemode": "tozero"},
-        shapes=[
-            {"type": "line", "x0": x, "x1": x, "y0": 0, "y1": 1 + 0.09 * i, "yref": "paper",
-             "line": {"color": "$strong", "width": 1, "dash": "dot"}}
-            for i, (x, _, _) in enumerate(reversed(marks))
-        ],
-        annotations=[
-            {"x": x, "y": 1 + 0.09 * i, "yref": "paper", "text": text, "xanchor": anchor, "yanchor": "bottom",
-             "showarrow": False, "font": {"size": 12, "color": "$strong"}}
-            for i, (x, text, anchor) in enumerate(reversed(marks))
-        ],
-    )  # fmt: skip
+        showlegend=False,
+        margin={"l": 48, "r": 12, "t": 48, "b": 40},
+        xaxis={"range": [-0.6, n + 0.6], "title": f"correct of {n} rollouts", "showgrid": False},
+        yaxis={"title": "problems", "rangemode": "tozero"},
+        shapes=[_line(max_correct + 0.5, 1.09), _line(solved_from, 1.0)],
+        annotations=[_note(x, text, anchor, y) for x, y, text, anchor in names_at],
+    )
+
+
+def _line(x: float, top: float = 1.0) -> dict[str, Any]:
+    """A vertical dotted line."""
+    line = {"color": "$middle", "width": 1, "dash": "dot"}
+    return {"type": "line", "x0": x, "x1": x, "y0": 0, "y1": top, "yref": "paper", "line": line}
+
+
+def _note(x: float, text: str, anchor: str, y: float = 1.0) -> dict[str, Any]:
+    """Text above the plot."""
+    place = {"x": x, "xanchor": anchor, "y": y, "yref": "paper", "yanchor": "bottom", "showarrow": False}
+    return place | {"text": text, "font": {"size": 12, "color": "$strong"}}
 
 
 def flow(run: RunData) -> Figure:
@@ -144,7 +162,7 @@ def flow(run: RunData) -> Figure:
     titles = {
         "problems": "problems", "solved": "solved", "hard": "hard", "unsolved": "unsolved",
         "repair": "repair", "repair-pure": "right repairs",
-        "hindsight": "hindsight", "hindsight-pure": "right with hindsight",
+        "hindsight": "hindsight", "hindsight-pure": "right answers",
         "stage 1": "stage 1", "stage 2": "stage 2", "stage 3": "stage 3", "nothing": "no example",
     }  # fmt: skip
     through: Counter[str] = Counter()
@@ -231,19 +249,11 @@ def losses(training: Sequence[dict[str, Any]]) -> Figure:
         changes.insert(0, (0, heal[0].get("phase")))
     return _figure(
         traces,
-        height=320,
-        margin={"l": 48, "r": 12, "t": 48, "b": 40},
-        legend={"orientation": "h", "x": 1, "xanchor": "right", "y": -0.2, "yanchor": "top"},
-        xaxis={"title": {"text": "optimizer step"}, "rangemode": "tozero", "showgrid": False},
-        yaxis={"title": {"text": "loss, nats a token"}, "rangemode": "tozero"},
-        shapes=[
-            {"type": "line", "x0": x, "x1": x, "y0": 0, "y1": 1, "yref": "paper",
-             "line": {"color": "$middle", "width": 1, "dash": "dot"}}
-            for x, _ in changes
-        ],
-        annotations=[
-            {"x": x, "y": 1, "yref": "paper", "text": label(phase), "xanchor": "left", "yanchor": "bottom",
-             "showarrow": False, "font": {"size": 12, "color": "$strong"}}
-            for x, phase in changes
-        ],
-    )  # fmt: skip
+        height=340,
+        margin={"l": 48, "r": 12, "t": 72, "b": 40},
+        legend={"orientation": "h", "x": 0, "y": 1.12, "yanchor": "bottom"},
+        xaxis={"title": "optimizer step", "rangemode": "tozero", "showgrid": False},
+        yaxis={"title": "loss, nats a token", "rangemode": "tozero"},
+        shapes=[_line(x) for x, _ in changes],
+        annotations=[_note(x, label(phase), "left") for x, phase in changes],
+    )

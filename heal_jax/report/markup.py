@@ -71,4 +71,7 @@ def percent(value: float | None) -> str:
 
 def points(value: float | None) -> str:
     """A difference of shares, in percentage points with its sign (a true minus)."""
-    return "–" if value is None or math.isnan(value) else f"{100 * value:+.1f}".replace("-", "\u2212")
+    if value is None or math.isnan(value):
+        return "–"
+    shown = round(100 * value, 1)
+    return f"{shown:+.1f}".replace("-", "\u2212") if shown else "0.0"

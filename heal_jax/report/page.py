@@ -76,13 +76,13 @@ def header(run: RunData) -> Html:
         state += " config.yaml could not be read: thresholds are shown as the defaults have them."
     notes = [tag("p", note, class_="todo") for note in run.notes]
     noscript = tag("noscript", tag("p", "The plots need JavaScript; the tables hold the same figures.", class_="todo"))
-    return tag("header", tag("h1", f"HEAL run {run.root.resolve().name}"), tag("p", state), notes, noscript)
+    return tag("header", tag("h1", f"HEAL run: {run.root.resolve().name}"), tag("p", state), notes, noscript)
 
 
 def did_it_help(run: RunData) -> Iterable[Html]:
     accuracy, difference = run.summary.get("accuracy"), run.summary.get("difference")
     if difference:
-        yield tag("p", sentence(difference, accuracy or {}), class_="answer")
+        yield tag("p", sentence(difference, accuracy or {}), class_="lead")
     if not accuracy:
         yield todo("accuracies of teacher and students on held-out problems (heal evaluate).")
     else:
@@ -96,7 +96,8 @@ def did_it_help(run: RunData) -> Iterable[Html]:
         if difference:
             by_level = difference.get("per_level", {})
             parts = [difference, *(by_level.get(name) for name in names)] if by_level else [difference]
-            rows.append(["HEAL minus rejection sampling", *(_interval(part, points) for part in parts)])
+            missing = [""] * (1 + len(names) - len(parts))
+            rows.append(["Difference", *(_interval(part, points) for part in parts), *missing])
         sizes = next(iter(accuracy.values()))
         counts = [
             ("all", sizes["n"]),
@@ -106,7 +107,8 @@ def did_it_help(run: RunData) -> Iterable[Html]:
         yield tag(
             "p",
             "Mean over problems of the share of right samples (pass@1), with 95 % bootstrap intervals over problems; "
-            "n is the number of problems. The difference, in percentage points, is paired by problem.",
+            "n is the number of problems. The difference, HEAL minus rejection sampling in percentage points, is paired "
+            "by problem.",
             class_="caption",
         )
     counted = grades(run.evaluation)
@@ -147,7 +149,7 @@ def where_from(run: RunData) -> Iterable[Html]:
         yield tag(
             "p",
             "Every problem is drawn once, to the latest stage that learns from it. Unsolved problems try repairs "
-            "first, then hindsight, as the other hard ones do. What leaves “right repairs” and “right with hindsight” "
+            "first, then hindsight, as the other hard ones do. What leaves “right repairs” and “right answers” "
             "towards their stages is what PURE keeps; stage 1 takes correct unaided rollouts.",
             class_="caption",
         )

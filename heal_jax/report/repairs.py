@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow.compute as pc
 
 from heal_jax.report.data import RunData
-from heal_jax.report.markup import Html, join, number, tag
+from heal_jax.report.markup import Html, join, number, percent, tag
 from heal_jax.report.view import END, Scored, Step, Token, View, view
 
 SHADES = 10  # classes s0..s9 of the style sheet
@@ -66,17 +66,16 @@ def pairs(run: RunData, count: int = 8) -> list[tuple[View, View | None]]:
     """Chosen repairs with their parents."""
     found = []
     for row in choose(run, count):
-        question = run.question(row)
         parent = run.rollout(row["parent_id"])
-        left = view(parent, question, run.tokenizer, run.settings) if parent else None
-        found.append((view(row, question, run.tokenizer, run.settings), left))
+        found.append((view(run, row), view(run, parent) if parent else None))
     return found
 
 
 def top_entropy(shown: Sequence[tuple[View, View | None]]) -> float:
-    """The end of the page's one colour scale: the largest entropy shown, rounded up to a tenth of a nat."""
-    values = [t.entropy for t in _tokens(shown) if t.entropy is not None and math.isfinite(t.entropy)]
-    return max(0.1, math.ceil(max(values, default=0.0) * 10 - 1e-6) / 10)
+    """The end of the page's one colour scale, in tenths of a nat: a few outliers must not make the rest look the same."""
+    values = sorted(t.entropy for t in _tokens(shown) if t.entropy is not None and math.isfinite(t.entropy))
+    high = values[int(0.99 * (len(values) - 1))] if values else 0.0
+    return max(0.1, math.ceil(high * 10 - 1e-6) / 10)
 
 
 def _tokens(shown: Sequence[tuple[View, View | None]]) -> Iterator[Token]:
@@ -88,7 +87,9 @@ def _tokens(shown: Sequence[tuple[View, View | None]]) -> Iterator[Token]:
 
 def legend(top: float) -> Html:
     cells = [tag("i", Html("&nbsp;"), class_=f"t s{i}") for i in range(SHADES)]
-    return tag("p", "token entropy, nats: 0 ", tag("span", cells, class_="ramp"), f" {top:.1f}", class_="legend")
+    return tag(
+        "p", "token entropy, nats: 0 ", tag("span", cells, class_="ramp"), f" {top:.1f} or more", class_="legend"
+    )
 
 
 def card(run: RunData, repair: View, parent: View | None, top: float) -> Html:
@@ -98,11 +99,11 @@ def card(run: RunData, repair: View, parent: View | None, top: float) -> Html:
     decision = run.decisions.get(row["rollout_id"])
     title = [tag("span", row["rollout_id"], class_="id"), " ", verdict(decision)]
     facts = [f"level {problem['level']}"] if problem.get("level") else []
-    facts += [f"true answer {problem['answer']}"] if problem else []
+    facts += [f"pass rate {percent(problem['pass_rate'])}", f"true answer {problem['answer']}"] if problem else []
     if row["pure_score"] is not None:
         sign = "≤" if row["pure_score"] <= run.settings.pure.threshold else ">"
         facts.append(f"PURE score S {number(row['pure_score'], 3)} {sign} threshold {run.settings.pure.threshold:g}")
-    if decision:
+    if decision and not decision["kept"]:
         facts.append(f"reason: {decision['reason']}")
     return tag(
         "article",
@@ -142,7 +143,7 @@ def failure(parent: View, repair: dict[str, Any], top: float) -> Html:
         note = tag("span", "breakpoint", class_="chip") if step.number == at else None
         figures = [
             ("entropy", _figure(step.entropy)),
-            ("rise", "–" if rise is None else f"{rise:+.2f}".replace("-", "−")),
+            ("rise", "–" if rise is None else _signed(rise)),
         ]
         state = " ".join(["broken"] * (step.number == at) + ["kept"] * (step.number < cut))
         rows.append(_step(str(step.number), [_shaded(step, top), note], figures, state))
@@ -168,7 +169,7 @@ def mended(repair: View, top: float) -> Html:
     if repair.answer:
         figures = [("entropy", ""), *_scored(repair.answer)]
         rows.append(_step("A", ["answer ", tag("b", repair.row["answer"] or "")], figures, "answer"))
-    caption = f"graded {repair.row['grade']}, finished by {repair.row['finish']}"
+    caption = f"graded {repair.row['grade']}, finish: {repair.row['finish']}"
     if repair.row["step_ppl"] is None:
         caption += ", not scored by PURE"
     return join([tag("h4", "Repair"), tag("p", caption, class_="facts"), _steps(names, rows)])
@@ -176,12 +177,16 @@ def mended(repair: View, top: float) -> Html:
 
 def _scored(scored: Scored | None) -> list[tuple[str, str]]:
     if scored is None:
-        return [("PPL", "–"), ("expected", "–"), ("ratio", "–")]
+        return [("PPL", "–"), ("exp.", "–"), ("ratio", "–")]
     return [
         ("PPL", number(scored.ppl, 2)),
-        ("expected", number(scored.expected, 2)),
+        ("exp.", number(scored.expected, 2)),
         ("ratio", number(scored.ratio, 2)),
     ]
+
+
+def _signed(value: float) -> str:
+    return f"{round(value, 2) + 0.0:+.2f}".replace("-", "−")  # + 0.0: no minus before a zero
 
 
 def _figure(value: float | None) -> str:

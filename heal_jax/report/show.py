@@ -33,7 +33,7 @@ def show(root: Path, rollout_id: str | None, console: Console) -> None:
     row = run.rollout(rollout_id)
     if row is None:
         raise InputError(f"{rollout_id}: no such rollout in {root}; {_nearest(run, rollout_id)}")
-    _rollout(run, view(row, run.question(row), run.tokenizer, run.settings), console)
+    _rollout(run, view(run, row), console)
 
 
 def clean(text: str) -> str:

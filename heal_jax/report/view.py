@@ -9,6 +9,7 @@ from typing import Any
 from heal_jax.config import Config
 from heal_jax.model.tokenizer import Tokenizer
 from heal_jax.problems.answers import answer_span
+from heal_jax.report.data import RunData
 
 END = "⟨end⟩"  # stands for the EOS, which has an entropy but no text
 
@@ -57,15 +58,15 @@ class View:
         return sum(step.kept for step in self.steps)
 
 
-def view(row: dict[str, Any], question: str, tokenizer: Tokenizer | None, config: Config) -> View:
+def view(run: RunData, row: dict[str, Any]) -> View:
     """Put the columns of a rollout together."""
     kept = row["kept_tokens"] or 0
-    tokens, shaded = _tokens(row, tokenizer)
+    tokens, shaded = _tokens(row, run.tokenizer)
     starts = row["step_starts"] or [0]
     bounds = list(zip(starts, [*starts[1:], len(row["tokens"])], strict=True))
     texts = [tokens[start:end] for start, end in bounds] if shaded else _plain_steps(row["text"] or "", len(starts))
     entropies = _entropies(row)
-    figures, answer = _scores(row, ["".join(t.text for t in text) for text in texts], kept, config)
+    figures, answer = _scores(row, ["".join(t.text for t in text) for text in texts], kept, run.settings)
     steps = tuple(
         Step(
             number=i,
@@ -76,7 +77,7 @@ def view(row: dict[str, Any], question: str, tokenizer: Tokenizer | None, config
         )
         for i, (start, end) in enumerate(bounds)
     )
-    return View(row, question, steps, answer, _hint(row, tokenizer if shaded else None), shaded)
+    return View(row, run.question(row), steps, answer, _hint(run, row, shaded), shaded)
 
 
 def _tokens(row: dict[str, Any], tokenizer: Tokenizer | None) -> tuple[list[Token], bool]:
@@ -107,17 +108,19 @@ def _plain_steps(text: str, count: int) -> list[list[Token]]:
     return [[Token(part, None)] for part in (parts if len(parts) == count else [text])]
 
 
-def _hint(row: dict[str, Any], tokenizer: Tokenizer | None) -> str:
+def _hint(run: RunData, row: dict[str, Any], decodable: bool) -> str:
     """What the teacher's context held beyond prompt and kept prefix; all of it where it does not begin with these."""
     context = row["context_tokens"] or []
     known = [*row["prompt_tokens"], *row["tokens"][: row["kept_tokens"] or 0]]
     if context == known:
         return ""
-    if tokenizer is None:
-        return "(not shown: token texts are not known)"
+    if run.tokenizer is None or not decodable:  # what the config says that it was
+        template = run.settings.gear.hint if row["kind"] == "repair" else run.settings.hindsight.prompt
+        answer = run.problems.get(row["problem_id"], {}).get("answer") or "?"
+        return template.replace("{answer}", answer).replace("{question}", run.question(row))
     rest = context[len(known) :] if context[: len(known)] == known else context
     try:
-        return tokenizer.text(rest)
+        return run.tokenizer.text(rest)
     except IndexError:
         return ""
 

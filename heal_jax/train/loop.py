@@ -7,6 +7,7 @@ are the whole state.
 
 import dataclasses
 import functools
+import hashlib
 import math
 import shutil
 import time
@@ -124,7 +125,7 @@ def train(
     `log` gets step (from 1, over all phases), phase, loss (nats a token), grad_norm (before clipping), learning_rate,
     and, summed from step 1 on over all attempts, tokens (padding not counted), loss_tokens and seconds; every 10 steps
     and at each phase's last. Raises RunError where there is nothing to train on, where the loss or the gradient is not
-    finite, where a batch has no token to learn, and where `folder` holds the checkpoints of another training.
+    finite, where a batch has no token to learn, and where the checkpoint is damaged or another training's.
     """
     total = sum(phase.steps for phase in phases)
     if total == 0 or any(phase.steps and not phase.examples for phase in phases):
@@ -134,6 +135,7 @@ def train(
     target = _abstract_state(model, transform, mesh)
     leaves = jax.tree.leaves((target["params"], target["opt_state"]))
     pinned = None if mesh is None else tuple(leaf.sharding for leaf in leaves)
+    identity = _identity(model, phases, spec, length, pad_id, seed)
     folder = folder.resolve()
     _remove_torn(folder)
     with ocp.training.Checkpointer(
@@ -142,9 +144,7 @@ def train(
         if checkpointer.latest is None:
             state, progress = _initial_state(model, transform, target), _Progress()
         else:
-            state, progress = _restore(checkpointer, target)
-        if progress.step > total:
-            raise RunError(f"{folder}: holds step {progress.step}, of a training longer than {total} steps; remove it")
+            state, progress = _restore(checkpointer, target, identity)
         clock = time.monotonic() - progress.seconds
         saved_at = time.monotonic()
         for phase, step, ends, tokens, mask in _steps(phases, progress.step, spec.batch, length, seed, pad_id):
@@ -172,7 +172,8 @@ def train(
                 measured = {"loss": loss, "grad_norm": grad_norm, "learning_rate": float(rate(step - 1))}
                 log({"phase": phase, **measured, **dataclasses.asdict(progress)})
             if ends or _agreed(time.monotonic() - saved_at >= checkpoint_seconds):
-                checkpointer.save_async(step, state, force=True, custom_metadata=dataclasses.asdict(progress))
+                metadata = {"training": identity, "progress": dataclasses.asdict(progress)}
+                checkpointer.save_async(step, state, force=True, custom_metadata=metadata)
                 saved_at = time.monotonic()
         checkpointer.wait()
     params = jax.tree.map(lambda new, old: new.astype(old.dtype), state["params"], model.params)
@@ -223,17 +224,37 @@ def _initial_state(model: Model, transform: optax.GradientTransformation, target
     return {"params": params, "opt_state": jax.jit(transform.init, out_shardings=places)(params)}
 
 
-def _restore(checkpointer: ocp.training.Checkpointer, target: dict[str, Any]) -> tuple[dict[str, Any], _Progress]:
-    """The latest checkpoint, onto the shardings of `target`. Raises RunError where it does not fit."""
+def _identity(
+    model: Model, phases: Sequence[Phase], spec: TrainSpec, length: int, pad_id: int, seed: int
+) -> dict[str, Any]:
+    """What a checkpoint must agree with, as JSON: all that decides the weights but the first ones."""
+    data = hashlib.sha256()
+    for phase in phases:
+        rows = [(example.tokens, example.prompt_length) for example in phase.examples]
+        data.update(repr((phase.steps, rows)).encode())
+    shape = {"length": length, "pad_id": pad_id, "seed": seed}
+    model_fields = {"dtype": str(jax.tree.leaves(model.params)[0].dtype), **dataclasses.asdict(model.config)}
+    return {"model": model_fields, "train": dataclasses.asdict(spec), "batches": shape, "phases": data.hexdigest()}
+
+
+def _restore(
+    checkpointer: ocp.training.Checkpointer, target: dict[str, Any], identity: dict[str, Any]
+) -> tuple[dict[str, Any], _Progress]:
+    """The latest checkpoint, placed as in `target`. Raises RunError where it is damaged or another training's."""
     latest = checkpointer.latest
     try:
-        state = checkpointer.load(latest, target)
-        progress = _Progress(**checkpointer.metadata(latest).custom_metadata)
+        metadata = checkpointer.metadata(latest).custom_metadata
+        training, progress = metadata["training"], _Progress(**metadata["progress"])
+        differing = [name for name in identity if training.get(name) != identity[name]]
+        state = None if differing else checkpointer.load(latest, target)
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
+        raise RunError(f"{latest.path}: damaged ({reason}); remove it to go on from the one before") from error
+    if state is None:
         raise RunError(
-            f"{latest.path}: not a checkpoint of this training ({reason}); remove it to go on from the one before"
-        ) from error
+            f"{latest.path}: of another training, with different {' and '.join(differing)}; "
+            f"remove {checkpointer.directory} to train anew"
+        )
     return state, progress
 
 

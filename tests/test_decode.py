@@ -1,0 +1,204 @@
+"""The decode loop: what it records, what it draws, and what does not change it."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_model import hf_folder, hf_logits
+
+from heal_jax.config import SampleSpec
+from heal_jax.model.mesh import make_mesh, put_batch
+from heal_jax.model.weights import load
+from heal_jax.rollout.decode import entropy_of, roll_out, score
+from heal_jax.rollout.generate import key_of, pad_rows
+from heal_jax.rollout.sampling import Greedy, MinP, Temperature, TopK, TopP, apply, rules
+
+VOCAB = 61
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hf")
+    theirs = hf_folder(folder, "qwen3")
+    return load(folder), theirs
+
+
+def sample(model, contexts, names, *, hints=None, repeats=1, rules=(), max_new=16, budget=None, eos=(1,), mesh=None):
+    """Rollouts of the contexts as NumPy arrays; `names` seed them."""
+    context, context_length = pad_rows(contexts, 12, len(contexts))
+    hint, hint_length = pad_rows(hints or [[]] * len(contexts), 4 if hints else 0, len(contexts))
+    keys = np.stack([key_of(name) for name in names])
+    limit = np.full(len(names), max_new if budget is None else budget, np.int32)
+    arrays = put_batch(mesh, (context, context_length, hint, hint_length, keys, limit))
+    out = roll_out(
+        model.graph, model.params, *arrays, jnp.asarray(eos), rules=tuple(rules), repeats=repeats, max_new=max_new
+    )
+    return jax.device_get(out)
+
+
+def log_softmax(logits):
+    logits = logits.astype(np.float64)
+    shifted = logits - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def same(a, b, row_a, row_b, tolerance=1e-4):
+    n = a.length[row_a]
+    assert n == b.length[row_b] and a.stopped[row_a] == b.stopped[row_b]
+    np.testing.assert_array_equal(a.tokens[row_a, :n], b.tokens[row_b, :n])
+    for name in ("entropy", "logprob", "sampling_logprob"):
+        np.testing.assert_allclose(getattr(a, name)[row_a, :n], getattr(b, name)[row_b, :n], atol=tolerance)
+
+
+CONTEXTS = [[5, 9, 2], [7, 7, 8, 3, 30, 12], [4]]
+HINTS = [[11, 12], [13], [14, 15, 16]]
+
+
+def test_records_equal_transformers(models):
+    model, theirs = models
+    names = [f"r{i}" for i in range(6)]
+    spec = (Temperature(0.7), TopK(20))
+    out = sample(model, CONTEXTS, names, hints=HINTS, repeats=2, rules=spec)
+    for row in range(6):
+        n = out.length[row]
+        context = CONTEXTS[row // 2] + HINTS[row // 2]
+        tokens = out.tokens[row, :n]
+        logits = hf_logits(theirs, [[*context, *tokens]])[0, len(context) - 1 : -1]
+        logp = log_softmax(logits)
+        np.testing.assert_allclose(out.entropy[row, :n], -(np.exp(logp) * logp).sum(-1), atol=1e-4)
+        np.testing.assert_allclose(out.logprob[row, :n], logp[np.arange(n), tokens], atol=1e-4)
+        drawn = logits / 0.7
+        drawn[drawn < np.sort(drawn, -1)[:, [-20]]] = -np.inf
+        np.testing.assert_allclose(out.sampling_logprob[row, :n], log_softmax(drawn)[np.arange(n), tokens], atol=1e-4)
+        # The same by one teacher-forced pass, in chunks that do not divide the length.
+        logprob, entropy = score(model.graph, model.params, jnp.asarray([[*context, *tokens]]), chunk=5)
+        np.testing.assert_allclose(logprob[0, len(context) :], logp[np.arange(n), tokens], atol=1e-4)
+        np.testing.assert_allclose(entropy[0, len(context) :], out.entropy[row, :n], atol=1e-4)
+
+
+def test_greedy_equals_transformers_generate(models):
+    model, theirs = models
+    out = sample(model, [CONTEXTS[1]], ["x"], rules=(Greedy(),), eos=(1, 2))
+    want = theirs.generate(
+        torch.tensor([CONTEXTS[1]]), max_new_tokens=16, do_sample=False, eos_token_id=[1, 2], pad_token_id=0
+    )[0, len(CONTEXTS[1]) :].numpy()
+    n = out.length[0]
+    np.testing.assert_array_equal(out.tokens[0, :n], want[:n])
+    assert len(want) == n
+    np.testing.assert_allclose(out.sampling_logprob[0, :n], 0.0, atol=1e-6)
+
+
+def test_neighbours_order_and_batch_do_not_change_a_rollout(models):
+    model, _ = models
+    names = ["a", "b", "c"]
+    together = sample(model, CONTEXTS, names)
+    for order in ([2, 0, 1], [1, 2, 0]):
+        moved = sample(model, [CONTEXTS[i] for i in order], [names[i] for i in order])
+        for row, i in enumerate(order):
+            same(together, moved, i, row, 1e-6)
+    for i in range(3):  # alone: another batch size, so equal up to rounding
+        same(together, sample(model, [CONTEXTS[i]], [names[i]]), i, 0)
+    doubled = sample(model, CONTEXTS, [n for name in names for n in (name, name + "'")], repeats=2)
+    for i in range(3):
+        same(together, doubled, i, 2 * i)
+    assert not np.array_equal(doubled.tokens[0], doubled.tokens[1])
+
+
+def test_on_a_mesh(models):
+    model, _ = models
+    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    from heal_jax.model.weights import shardings
+
+    contexts = CONTEXTS + [[3, 3]]
+    alone = sample(model, contexts, list("abcd"))
+    placed = dataclasses.replace(model, params=jax.device_put(model.params, shardings(model, mesh)))
+    sharded = sample(placed, contexts, list("abcd"), mesh=mesh)
+    for row in range(4):
+        same(alone, sharded, row, row)
+
+
+def test_lengths_stops_and_budgets(models):
+    model, _ = models
+    everything = tuple(range(VOCAB))
+    at_once = sample(model, CONTEXTS, list("abc"), eos=everything)
+    assert at_once.length.tolist() == [1, 1, 1] and at_once.stopped.all()
+    never = sample(model, CONTEXTS, list("abc"), eos=(VOCAB + 5,), budget=[3, 16, 0])
+    assert never.length.tolist() == [3, 16, 0] and not never.stopped.any()
+    # Any of several EOS ids ends a row, the id that pads does not, and each row up to its end is what it was.
+    free = sample(model, CONTEXTS, list("abc"), eos=(VOCAB + 5,))
+    stop = (int(free.tokens[0, 4]), int(free.tokens[1, 7]))
+    stopped = sample(model, CONTEXTS, list("abc"), eos=stop)
+    for row in range(3):
+        hits = np.flatnonzero(np.isin(free.tokens[row], stop))
+        want = hits[0] + 1 if len(hits) else 16
+        assert stopped.length[row] == want and stopped.stopped[row] == bool(len(hits))
+        np.testing.assert_array_equal(stopped.tokens[row, :want], free.tokens[row, :want])
+
+
+def test_pad_id_is_an_ordinary_token(models):
+    model, theirs = models
+    out = sample(model, [[0, 0, 5, 0]], ["z"], eos=(VOCAB + 5,))
+    logp = log_softmax(hf_logits(theirs, [[0, 0, 5, 0, *out.tokens[0]]])[0, 3:-1])
+    np.testing.assert_allclose(out.logprob[0], logp[np.arange(16), out.tokens[0]], atol=1e-4)
+
+
+def test_drawn_frequencies_match_the_distribution(models):
+    model, theirs = models
+    rows = 4000
+    out = sample(model, [CONTEXTS[0]], [f"n{i}" for i in range(rows)], repeats=rows, max_new=1, rules=(TopK(8),))
+    logits = hf_logits(theirs, [CONTEXTS[0]])[0, -1]
+    best = np.argsort(logits)[-8:]
+    expected = rows * np.exp(log_softmax(logits[best]))
+    counts = np.bincount(out.tokens[:, 0], minlength=VOCAB)
+    assert counts.sum() == counts[best].sum()
+    assert ((counts[best] - expected) ** 2 / expected).sum() < 24.3  # chi-square, 7 degrees of freedom, 0.1 %
+
+
+def test_a_longer_context_or_budget_in_the_bucket_does_not_compile_again(models):
+    model, _ = models
+    sample(model, CONTEXTS, list("abc"))
+    before = roll_out._cache_size()
+    sample(model, [[3] * 12, [2] * 9, [4]], list("xyz"), budget=[2, 9, 16], eos=(5,))
+    assert roll_out._cache_size() == before
+    sample(model, CONTEXTS, list("abc"), max_new=32)
+    assert roll_out._cache_size() == before + 1
+
+
+@given(st.integers(0, 999), st.floats(0.2, 3.0), st.integers(1, 40), st.floats(0.05, 0.99), st.floats(0.01, 0.9))
+def test_rules_equal_transformers(seed, temperature, k, p, least):
+    logits = np.random.default_rng(seed).normal(0, 3, (4, 40)).astype(np.float32)
+    pairs = [
+        (Temperature(temperature), transformers.TemperatureLogitsWarper(temperature)),
+        (TopK(k), transformers.TopKLogitsWarper(k)),
+        (TopP(p), transformers.TopPLogitsWarper(p)),
+        (MinP(least), transformers.MinPLogitsWarper(least)),
+    ]
+    ours, theirs = jnp.asarray(logits), torch.tensor(logits)
+    for our_rule, their_rule in pairs:
+        np.testing.assert_allclose(our_rule(jnp.asarray(logits)), their_rule(None, torch.tensor(logits)), rtol=1e-5)
+        ours, theirs = our_rule(ours), their_rule(None, theirs)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+    spec = SampleSpec(temperature=temperature, top_k=k, top_p=p, min_p=least)
+    np.testing.assert_array_equal(apply(rules(spec), jnp.asarray(logits)), ours)
+
+
+@settings(max_examples=50)
+@given(st.integers(0, 999), st.sampled_from([0.01, 1.0, 30.0, 300.0]), st.sampled_from([-1e4, 0.0, 1e4]))
+def test_entropy_equals_float64(seed, scale, shift):
+    logits = (np.random.default_rng(seed).normal(0, scale, (3, 50)) + shift).astype(np.float32)
+    logp = log_softmax(logits)
+    entropy, log_z = entropy_of(jnp.asarray(logits))
+    np.testing.assert_allclose(entropy, -(np.exp(logp) * logp).sum(-1), atol=1e-5, rtol=1e-5)
+    wide = logits.astype(np.float64)
+    np.testing.assert_allclose(log_z, wide.max(-1) + np.log(np.exp(wide - wide.max(-1, keepdims=True)).sum(-1)), rtol=1e-6)
+
+
+def test_entropy_where_tokens_are_ruled_out():
+    entropy, _ = entropy_of(jnp.array([[0.0, 0.0, -1e30], [5.0, -1e30, -1e30]]))
+    np.testing.assert_allclose(entropy, [np.log(2), 0.0], atol=1e-6)
