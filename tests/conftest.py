@@ -1,6 +1,14 @@
 """Eight fake CPU devices for every test; `NPROC` keeps their collectives from waiting for each other."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
+
+# As a user has it, for tests that start the command: one device.
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "NPROC")}
+COMMAND = [sys.executable, "-c", "from heal_jax.cli import main; main()"]
+TINY = Path(__file__).parents[1] / "configs" / "tiny.yaml"
 
 os.environ.setdefault("NPROC", "16")
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
@@ -21,3 +29,19 @@ def teacher():
     from heal_jax.model.lm import open_model
 
     return open_model(ModelSpec("builtin:teacher"))
+
+
+def start(*arguments: object) -> subprocess.Popen:
+    return subprocess.Popen(
+        [*COMMAND, *map(str, arguments)], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A finished run of configs/tiny.yaml and what it printed."""
+    out = tmp_path_factory.mktemp("run") / "tiny"
+    process = start("run", TINY, "--out", out)
+    stdout, stderr = process.communicate()
+    assert process.returncode == 0, stderr
+    return out, stdout, stderr

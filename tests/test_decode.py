@@ -196,7 +196,9 @@ def test_entropy_equals_float64(seed, scale, shift):
     entropy, log_z = entropy_of(jnp.asarray(logits))
     np.testing.assert_allclose(entropy, -(np.exp(logp) * logp).sum(-1), atol=1e-5, rtol=1e-5)
     wide = logits.astype(np.float64)
-    np.testing.assert_allclose(log_z, wide.max(-1) + np.log(np.exp(wide - wide.max(-1, keepdims=True)).sum(-1)), rtol=1e-6)
+    np.testing.assert_allclose(
+        log_z, wide.max(-1) + np.log(np.exp(wide - wide.max(-1, keepdims=True)).sum(-1)), rtol=1e-6
+    )
 
 
 def test_entropy_where_tokens_are_ruled_out():

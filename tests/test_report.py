@@ -43,7 +43,9 @@ class World:
         self.tokenizer = Tokenizer(folder, self.vocab_size)
         self.rng = np.random.default_rng(7)
 
-    def rollout(self, problem: dict, rollout_id: str, kind: str, text: str, kept: str = "", hint: str = "", **row) -> dict:
+    def rollout(
+        self, problem: dict, rollout_id: str, kind: str, text: str, kept: str = "", hint: str = "", **row
+    ) -> dict:
         """`kept` and `text` are what the student sees; entropies surge in steps that begin with "!"."""
         steps = re.findall(r".+?(?:\n\n|\Z)", kept + text.replace("!", ""), re.DOTALL)
         marked = [part.startswith("!") for part in re.findall(r".+?(?:\n\n|\Z)", kept + text, re.DOTALL)]
@@ -115,7 +117,9 @@ def make_run(root: Path, hostile: str = "") -> Path:
         steps, _ = solve(terms, PERFECT, rng)
         end = ANSWER.format(answer=problem["answer"])
         if stratum != "solved":
-            row = world.rollout(problem, f"p{i}{hostile}/hindsight/0/s0", "hindsight", "".join(steps) + end, kept_tokens=None)
+            row = world.rollout(
+                problem, f"p{i}{hostile}/hindsight/0/s0", "hindsight", "".join(steps) + end, kept_tokens=None
+            )
             shown = HINDSIGHT.format(question=problem["question"], answer=problem["answer"])
             row["context_tokens"] = world.tokenizer.prompt(shown)
             world.score(row, bad=i == 3)
@@ -163,7 +167,10 @@ def make_run(root: Path, hostile: str = "") -> Path:
     }  # fmt: skip
     store.write_json(root / "summary.json", summary)
     lines = []
-    for model, phases in {"heal": ["stage 1", "stage 1+2", "stage 1+2+3"], "rejection_sampling": ["stage 1"] * 3}.items():
+    for model, phases in {
+        "heal": ["stage 1", "stage 1+2", "stage 1+2+3"],
+        "rejection_sampling": ["stage 1"] * 3,
+    }.items():
         for step in range(10, 310, 10):
             loss = 2.5 * np.exp(-step / 60) + 0.03 + 0.02 * rng.random()
             lines.append({"event": "train", "model": model, "step": step, "phase": phases[(step - 1) // 100] + hostile,
@@ -375,7 +382,11 @@ def test_show_prints_a_rollout(plain):
 
 def test_show_escapes(hostile):
     out = io.StringIO()
-    show(hostile, f"p5{HOSTILE}/repair/0.0/s0", Console(file=out, width=100, color_system="truecolor", force_terminal=True))
+    show(
+        hostile,
+        f"p5{HOSTILE}/repair/0.0/s0",
+        Console(file=out, width=100, color_system="truecolor", force_terminal=True),
+    )
     assert "[bold red]" in out.getvalue() and "alert(1)" in out.getvalue()
     assert "\x1b[" in out.getvalue()  # entropies are colours
 

@@ -203,7 +203,7 @@ def test_training_equals_torch(tmp_path: Path) -> None:
     save_weights(trained, tmp_path / "trained.safetensors")
     ours = load_file(tmp_path / "trained.safetensors")
 
-    torch.manual_seed(0)
+    torch.set_num_threads(1)  # its threads spin
     reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     reference.train()
     decayed = [p for p in reference.parameters() if p.ndim > 1]

@@ -52,11 +52,10 @@ def _axis(axis: dict[str, Any]) -> dict[str, Any]:
 
 
 def levels(accuracy: dict[str, Any]) -> list[str]:
-    """Levels in the order of the summary, those of the built-in world from easy to hard; none where there is only ""."""
+    """Levels in the summary's order, those of the built-in world from easy to hard; none where there is only ""."""
     names = list(dict.fromkeys(name for figures in accuracy.values() for name in figures.get("per_level", {})))
-    return (
-        [] if names == [""] else sorted(names, key=lambda name: LEVELS.index(name) if name in LEVELS else len(LEVELS))
-    )
+    rank = {name: i for i, name in enumerate(LEVELS)}
+    return [] if names == [""] else sorted(names, key=lambda name: rank.get(name, len(LEVELS)))
 
 
 def accuracies(accuracy: dict[str, Any]) -> Figure:

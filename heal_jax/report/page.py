@@ -107,8 +107,8 @@ def did_it_help(run: RunData) -> Iterable[Html]:
         yield tag(
             "p",
             "Mean over problems of the share of right samples (pass@1), with 95 % bootstrap intervals over problems; "
-            "n is the number of problems. The difference, HEAL minus rejection sampling in percentage points, is paired "
-            "by problem.",
+            "n is the number of problems. The difference, HEAL minus rejection sampling in percentage points, is "
+            "paired by problem.",
             class_="caption",
         )
     counted = grades(run.evaluation)

@@ -11,6 +11,7 @@ from heal_jax.report.markup import Html, join, number, percent, tag
 from heal_jax.report.view import END, Scored, Step, Token, View, view
 
 SHADES = 10  # classes s0..s9 of the style sheet
+LONG = 2000  # tokens of a rollout after which steps are left out: each token is an element of the page
 
 
 def choose(run: RunData, count: int = 8) -> list[dict[str, Any]]:
@@ -72,7 +73,7 @@ def pairs(run: RunData, count: int = 8) -> list[tuple[View, View | None]]:
 
 
 def top_entropy(shown: Sequence[tuple[View, View | None]]) -> float:
-    """The end of the page's one colour scale, in tenths of a nat: a few outliers must not make the rest look the same."""
+    """The end of the page's one colour scale, in tenths of a nat; without the top 1 %, beside which the rest is pale."""
     values = sorted(t.entropy for t in _tokens(shown) if t.entropy is not None and math.isfinite(t.entropy))
     high = values[int(0.99 * (len(values) - 1))] if values else 0.0
     return max(0.1, math.ceil(high * 10 - 1e-6) / 10)
@@ -136,7 +137,11 @@ def failure(parent: View, repair: dict[str, Any], top: float) -> Html:
     cut = sum(start < kept for start in starts)
     rows: list[Html] = []
     before: float | None = None
-    for step in parent.steps:
+    for step in _shortened(parent.steps, (cut, cut if at is None else at)):
+        if isinstance(step, int):
+            rows.append(_bar("left", f"{step} steps left out", 4))
+            before = None
+            continue
         if step.number == cut:
             rows.append(_bar("cut", f"cut: {cut or 'no'} step{'s' * (cut != 1)} kept, {kept} tokens", 4))
         rise = None if before is None or step.entropy is None else step.entropy - before
@@ -157,15 +162,18 @@ def failure(parent: View, repair: dict[str, Any], top: float) -> Html:
 def mended(repair: View, top: float) -> Html:
     """Kept prefix, hint and continuation, with what PURE measured."""
     names = ["entropy", "PPL", "expected", "ratio"]
-    rows = [_step(str(s.number), _shaded(s, top), [(n, "") for n in names], "kept") for s in repair.steps if s.kept]
-    nothing = None if rows else "nothing is kept; the continuation starts anew"
-    rows.append(
-        _bar("hint", [tag("b", nothing or "kept so far; the teacher alone now sees"), " ", _visible(repair.hint)], 6)
-    )
-    for step in repair.steps:
-        if not step.kept:
-            figures = [("entropy", _figure(step.entropy)), *_scored(step.scored)]
-            rows.append(_step(str(step.number), _shaded(step, top), figures, ""))
+    rows: list[Html] = []
+    nothing = None if repair.kept_steps else "nothing is kept; the continuation starts anew"
+    hint = [tag("b", nothing or "kept so far; the teacher alone now sees"), " ", _visible(repair.hint)]
+    for step in _shortened(repair.steps, (repair.kept_steps,)):
+        if isinstance(step, int):
+            rows.append(_bar("left", f"{step} steps left out", 6))
+            continue
+        if step.number == repair.kept_steps:
+            rows.append(_bar("hint", hint, 6))
+        figures = [("entropy", _figure(step.entropy)), *_scored(step.scored)]
+        kept = [(name, "") for name in names]
+        rows.append(_step(str(step.number), _shaded(step, top), kept if step.kept else figures, "kept" * step.kept))
     if repair.answer:
         figures = [("entropy", ""), *_scored(repair.answer)]
         rows.append(_step("A", ["answer ", tag("b", repair.row["answer"] or "")], figures, "answer"))
@@ -173,6 +181,22 @@ def mended(repair: View, top: float) -> Html:
     if repair.row["step_ppl"] is None:
         caption += ", not scored by PURE"
     return join([tag("h4", "Repair"), tag("p", caption, class_="facts"), _steps(names, rows)])
+
+
+def _shortened(steps: Sequence[Step], near: Sequence[int]) -> list[Step | int]:
+    """The steps to show; of a long rollout the beginning, the end and those near the cut, and how many are left out."""
+    shown: list[Step | int] = []
+    tokens = 0
+    for step in steps:
+        tokens += len(step.tokens)
+        last = shown[-1] if shown else None
+        if tokens <= LONG or step.number >= len(steps) - 2 or any(abs(step.number - at) <= 2 for at in near):
+            shown.append(step)
+        elif isinstance(last, int):
+            shown[-1] = last + 1
+        else:
+            shown.append(1)
+    return shown
 
 
 def _scored(scored: Scored | None) -> list[tuple[str, str]]:

@@ -1,0 +1,279 @@
+"""The tiny configuration from the command line: every stage, interruptions, refusals."""
+
+import json
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+import transformers
+import yaml
+from conftest import TINY, start
+
+from heal_jax.cli import run as heal
+from heal_jax.config import Config, ModelSpec, dump
+from heal_jax.model.lm import open_model
+from heal_jax.rollout.generate import Group, Shape, generate
+from heal_jax.rollout.sampling import Greedy
+from heal_jax.store import RunDirectory
+from heal_jax.train.data import read_stage
+
+
+def content(out: Path) -> dict:
+    """What DESIGN calls the same bytes: tables, curriculum, weights, the summary without times."""
+    tables = {
+        str(path.relative_to(out)): pq.read_table(path).to_pylist()
+        for path in sorted([*out.glob("*.parquet"), *out.glob("rollouts/*.parquet"), *out.glob("evaluation/*.parquet")])
+    }
+    stages = {folder.name: read_stage(folder) for folder in sorted(out.glob("curriculum/stage*"))}
+    summary = json.loads((out / "summary.json").read_text())
+    for name in ("seconds", "throughput"):
+        del summary[name]
+    return {
+        "tables": json.dumps(tables, sort_keys=True),
+        "stages": stages,
+        "summary": summary,
+        "weights": (out / "export" / "model.safetensors").read_bytes(),
+    }
+
+
+def test_files_and_figures_agree(tiny):
+    out, stdout, stderr = tiny
+    assert "HEAL minus rejection sampling" in stdout and "tokens/s" not in stdout
+    assert "base" in stderr and "correct" in stderr
+    for name in ("config.yaml", "manifest.json", "problems.parquet", "decisions.parquet", "metrics.jsonl",
+                 "summary.json", "report.html", "export/config.json", "export/tokenizer.json"):  # fmt: skip
+        assert (out / name).is_file(), name
+    summary = json.loads((out / "summary.json").read_text())
+    problems = pq.read_table(out / "problems.parquet").to_pylist()
+    decisions = {d["rollout_id"]: d for d in pq.read_table(out / "decisions.parquet").to_pylist()}
+    rows = RunDirectory(out).rollouts().to_pylist()
+    assert len({row["rollout_id"] for row in rows}) == len(rows) == len(decisions)
+    base = [row for row in rows if row["kind"] == "base"]
+    for problem in problems:
+        grades = [row["grade"] for row in base if row["problem_id"] == problem["id"]]
+        assert len(grades) == 8
+        rate = grades.count("correct") / 8
+        assert problem["pass_rate"] == pytest.approx(rate)
+        want = "solved" if rate >= 0.5 else "unsolved" if rate <= 1 / 8 else "hard"
+        assert problem["stratum"] == want
+    strata = [problem["stratum"] for problem in problems]
+    assert summary["strata"] == {
+        "solved": strata.count("solved"),
+        "hard": len(strata) - strata.count("solved"),
+        "unsolved": strata.count("unsolved"),
+    }
+    by_stage = {s: [i for i, d in decisions.items() if d["stage"] == s] for s in (0, 1, 2, 3)}
+    for stage in (1, 2, 3):
+        assert summary["stages"][str(stage)]["examples"] == len(by_stage[stage])
+        folder = out / "curriculum" / f"stage{stage}"
+        examples = read_stage(folder) if folder.is_dir() else []
+        assert [e.rollout_id for e in examples] == by_stage[stage]
+        stored = {row["rollout_id"]: row for row in rows}
+        for e in examples:
+            row = stored[e.rollout_id]
+            assert list(e.tokens) == row["prompt_tokens"] + row["tokens"] and row["grade"] == "correct"
+    for kind in ("hindsight", "repair"):
+        of_kind = [row for row in rows if row["kind"] == kind]
+        assert summary[kind]["candidates"] == len(of_kind)
+        assert summary[kind]["correct"] == sum(row["grade"] == "correct" for row in of_kind)
+        assert summary[kind]["kept"] == sum(decisions[row["rollout_id"]]["kept"] for row in of_kind)
+    for name, figures in summary["accuracy"].items():
+        samples = pq.read_table(out / "evaluation" / f"{name}-00000.parquet").to_pylist()
+        assert figures["mean"] == pytest.approx(np.mean([s["grade"] == "correct" for s in samples]))
+        assert figures["ci95"][0] <= figures["mean"] <= figures["ci95"][1] and figures["n"] == 6
+        assert set(figures["per_level"]) == {"easy", "medium", "hard"}
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert set(manifest["models"]) == {"teacher", "student"} and manifest["versions"]["jax"]
+    assert manifest["seeds"]["run"] == 0 and manifest["mesh"] == {"data": 1, "fsdp": 1, "tensor": 1}
+
+
+def test_hints_are_in_no_training_text(tiny):
+    out, *_ = tiny
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out / "export")
+    for row in RunDirectory(out).rollouts().to_pylist():
+        prompt = tokenizer.decode(row["prompt_tokens"])
+        assert "final answer is" not in prompt
+        if row["kind"] == "repair":
+            assert row["context_tokens"][: len(row["prompt_tokens"]) + row["kept_tokens"]] == (
+                row["prompt_tokens"] + row["tokens"][: row["kept_tokens"]]
+            )
+            assert "Hint: The final answer is" in tokenizer.decode(row["context_tokens"])
+            assert len(row["entropy"]) == len(row["tokens"]) - row["kept_tokens"]
+    for stage in out.glob("curriculum/stage*"):
+        for example in read_stage(stage):
+            assert "int:" not in tokenizer.decode(example.tokens) and "answer is" not in tokenizer.decode(
+                example.tokens
+            )
+
+
+def test_killed_anywhere_and_resumed_gives_the_same_bytes(tiny, tmp_path):
+    out = tmp_path / "killed"
+    written: dict[Path, int] = {}
+    # Kill when this many shards are listed: in sampling, in repair, in training or evaluation.
+    for shards in (1, 5, 7):
+        process = start("run", TINY, "--out", out)
+        while process.poll() is None:
+            path = out / "manifest.json"
+            if path.is_file() and len(json.loads(path.read_text())["shards"]) >= shards:
+                break
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        listed = json.loads((out / "manifest.json").read_text())["shards"]
+        for name in listed:
+            path = out / f"{name}.parquet"
+            # No finished shard is made again.
+            assert written.setdefault(path, path.stat().st_mtime_ns) == path.stat().st_mtime_ns
+    process = start("run", TINY, "--out", out)
+    assert process.communicate() is not None and process.returncode == 0
+    assert all(path.stat().st_mtime_ns == at for path, at in written.items())
+    assert content(out) == content(tiny[0])
+
+
+def test_a_finished_run_is_left_alone(tiny):
+    out, *_ = tiny
+    before = content(out)
+    times = {path: path.stat().st_mtime_ns for path in out.rglob("*.parquet")}
+    assert start("run", TINY, "--out", out).communicate() is not None
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*.parquet")} == times
+    assert content(out) == before
+
+
+def refused(capsys, *arguments: object, status: int = 2) -> str:
+    """The one line that a refused command prints."""
+    assert heal([str(a) for a in arguments]) == status
+    said = capsys.readouterr().err.strip()
+    assert said.startswith("heal: ") and "\n" not in said
+    return said
+
+
+def test_a_changed_config_is_refused_with_a_diff(tiny, capsys):
+    said = refused(capsys, "run", TINY, "--out", tiny[0], "--sample.n", "9", "--gear.window", "0.5")
+    assert "sample.n: 8 -> 9" in said and "gear.window: 0.33" in said and "another --out" in said
+
+
+def test_damage_is_named(tiny, tmp_path, capsys):
+    out = tmp_path / "damaged"
+    shutil.copytree(tiny[0], out)
+    manifest = json.loads((out / "manifest.json").read_text())
+    for stage in ("sample", "hindsight", "repair", "curate", "train", "evaluate", "export"):
+        manifest["stages"].pop(stage)
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    shard = out / "rollouts" / "base-00001.parquet"
+    shard.write_bytes(shard.read_bytes()[:-10])
+    assert "base-00001.parquet" in refused(capsys, "sample", TINY, "--out", out, "--mesh.data", "-1")
+    (out / "manifest.json").write_text('{"stages":')
+    assert "manifest.json" in refused(capsys, "sample", TINY, "--out", out)
+    (out / "config.yaml").write_text("a: [")
+    (out / "manifest.json").unlink()
+    assert "config.yaml" in refused(capsys, "sample", TINY, "--out", out)
+
+
+@pytest.mark.parametrize(
+    ("yaml_text", "says"),
+    [
+        ("sampel: {n: 3}", "did you mean 'sample'"),
+        ("sample: {n: 0}", "sample.n: 0 is out of range, allowed: >= 1"),
+        ("sample: {n: many}", "sample.n: 'many' is not a whole number"),
+        ("gear: {hint: no}", "gear.hint"),
+        ("gear: {hint: nothing}", "must contain {answer}"),
+        ("pace: {steps: [1, 1, 1]}", "sum to 1"),
+        ("teacher: {path: nowhere}", "no such model folder"),
+        ("problems: {source: 'jsonl:nowhere.jsonl'}", "nowhere.jsonl"),
+        ("problems: {split: test}", "both"),
+        ("sample: {max_new_tokens: 4000}", "positions"),
+        ("mesh: {data: 3}", "devices"),
+        ("- 1", "mapping"),
+        ("a: [", "not valid YAML"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(tmp_path, capsys, yaml_text, says):
+    config = yaml.safe_load(TINY.read_text())
+    try:
+        change = yaml.safe_load(yaml_text)
+    except yaml.YAMLError:
+        change = None
+    path = tmp_path / "config.yaml"
+    if isinstance(change, dict):
+        for key, value in change.items():
+            config[key] = {**config.get(key, {}), **value}
+        if "split" in change.get("problems", {}):
+            config["problems"] = {**config["evaluate"]["problems"]}
+        path.write_text(yaml.safe_dump(config))
+    else:
+        path.write_text(yaml_text)
+    out = tmp_path / "out"
+    assert says in refused(capsys, "run", path, "--out", out)
+    assert not out.exists()
+
+
+def test_commands_that_make_no_sense(tmp_path, capsys):
+    assert "did you mean 'sample'" in refused(capsys, "sampel")
+    assert "no such config file" in refused(capsys, "run", tmp_path / "none.yaml", "--out", tmp_path / "out")
+    assert "not a run directory" in refused(capsys, "report", tmp_path)
+    assert "not a run directory" in refused(capsys, "show", tmp_path)
+    assert "run `heal sample`" in refused(capsys, "repair", TINY, "--out", tmp_path / "out")
+
+
+def test_help_explains_every_field(capsys):
+    with pytest.raises(SystemExit) as stop:
+        heal(["run", "--help"])
+    assert stop.value.code == 0
+    said = " ".join(capsys.readouterr().out.split())
+    for name in ("--sample.n", "--gear.window", "--pure.threshold", "--evaluate.problems.split", "--mesh.tensor"):
+        assert name in said
+    assert heal([]) == 0 and "heal run CONFIG.yaml" in capsys.readouterr().out
+
+
+def test_export_gives_the_same_logits_and_greedy_text(tiny):
+    out, *_ = tiny
+    folder = out / "export"
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    lm = open_model(ModelSpec(str(folder)))
+    import jax.numpy as jnp
+    from flax import nnx
+
+    decoder = nnx.merge(lm.model.graph, lm.model.params)
+    for problem in pq.read_table(out / "problems.parquet").to_pylist()[:3]:
+        turn = [{"role": "user", "content": problem["question"]}]
+        prompt = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)
+        assert prompt == lm.tokenizer.prompt(problem["question"])
+        with torch.no_grad():
+            logits = theirs(torch.tensor([prompt])).logits.numpy()
+            generated = theirs.generate(torch.tensor([prompt]), max_new_tokens=128, do_sample=False)[0, len(prompt) :]
+        np.testing.assert_allclose(decoder.logits(decoder(jnp.asarray([prompt]))), logits, atol=1e-3, rtol=1e-4)
+        ours = generate(lm, [Group(tuple(prompt), (), ("g",), 128)], Shape(1, 1, 64, 0, 128), (Greedy(),))[0][0]
+        assert lm.tokenizer.text(list(ours.tokens)) == tokenizer.decode(generated, skip_special_tokens=True)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (folder / name).read_bytes() == (open_model(ModelSpec("builtin:student")).folder / name).read_bytes()
+
+
+def test_your_own_problems(tmp_path):
+    problems = tmp_path / "mine.jsonl"
+    pairs = [(4829110374, 9938201847, 7718829103), (1182033471, 2210044512, 3310220114)]
+    question = "State the final answer to the following arithmetic problem: {} + {} + {} ="
+    lines = [json.dumps({"question": question.format(*terms), "answer": sum(terms)}) for terms in pairs]
+    problems.write_text("\n".join(lines) + "\n")
+    out = tmp_path / "out"
+    process = start("sample", TINY, "--out", out, "--problems.source", f"jsonl:{problems}")
+    _, stderr = process.communicate()
+    assert process.returncode == 0, stderr
+    rows = RunDirectory(out).rollouts("base").to_pylist()
+    for row in rows:
+        right = row["answer"] == str(sum(pairs[[r["problem_id"] for r in rows].index(row["problem_id"]) // 8]))
+        assert (row["grade"] == "correct") == right
+    assert {row["grade"] for row in rows} >= {"correct"}
+
+
+def test_config_survives_its_own_file(tmp_path):
+    from heal_jax.config import load
+
+    path = tmp_path / "config.yaml"
+    path.write_text(dump(Config()))
+    assert load(path) == Config()
