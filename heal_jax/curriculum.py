@@ -122,10 +122,11 @@ def training_plan(run: Run) -> tuple[dict[str, list[Phase]], int, int]:
     else:
         shares = stage_steps(run.config.pace.steps, spec.steps, sizes)
         steps = [shares[i] for i in range(3) if stages[i]]
-    heal = [
-        Phase("stage " + "+".join(str(i + 1) for i in group), tuple(e for i in group for e in stages[i]), n)
-        for group, n in zip(groups, steps)
-    ]
+    heal = []
+    for group, n in zip(groups, steps):
+        joined = [e for i in group for e in stages[i]]
+        distinct = tuple(joined[i] for i in pace.pool([e.tokens for e in joined]))
+        heal.append(Phase("stage " + "+".join(str(i + 1) for i in group), distinct, n))
     baseline = [Phase("stage 1", tuple(stages[0]), spec.steps)] if stages[0] else []
     length = bucket([e for stage in stages for e in stage])
     return {"heal": heal, "rejection_sampling": baseline}, length, dropped

@@ -48,8 +48,8 @@ def curate(
     """A decision and its reason for every candidate, in the order given.
 
     Stage 1: correct base rollouts. Stage 2: correct hindsight rollouts of hard problems that PURE keeps. Stage 3:
-    correct repairs of unsolved problems that PURE keeps. Identical sequences count once over all stages (the earliest
-    stage has them), and of each problem at most `per_problem` a stage, the lowest S first, stage 1 by index.
+    correct repairs of unsolved problems that PURE keeps. Identical sequences count once in a stage (and once in what a
+    phase trains on: `pool`), and of each problem at most `per_problem` a stage, the lowest S first, stage 1 by index.
     """
     refused = {c.rollout_id: reason for c in candidates if (reason := _refusal(c, strata, threshold))}
     passed = [c for c in candidates if c.rollout_id not in refused]
@@ -58,15 +58,15 @@ def curate(
         stage = STAGE_OF_KIND[c.kind]
         return stage, 0.0 if stage == 1 or c.score is None else c.score, c.index
 
-    seen: dict[tuple[int, ...], str] = {}
+    seen: dict[tuple[int, tuple[int, ...]], str] = {}
     room: dict[tuple[str, int], int] = defaultdict(lambda: per_problem)
     kept: dict[str, int] = {}
     for c in sorted(passed, key=order):
         stage = STAGE_OF_KIND[c.kind]
-        if c.sequence in seen:
-            refused[c.rollout_id] = f"same tokens as {seen[c.sequence]}"
+        if (stage, c.sequence) in seen:
+            refused[c.rollout_id] = f"same tokens as {seen[stage, c.sequence]}"
             continue
-        seen[c.sequence] = c.rollout_id
+        seen[stage, c.sequence] = c.rollout_id
         if room[c.problem_id, stage] == 0:
             refused[c.rollout_id] = f"over the {per_problem} examples of a problem in stage {stage}"
             continue
@@ -96,6 +96,14 @@ def _refusal(c: Candidate, strata: dict[str, str], threshold: float) -> str:
     if c.score is None or not c.score <= threshold:
         return f"PURE {'not scored' if c.score is None else format(c.score, '.3f')} > {threshold:g}"
     return ""
+
+
+def pool(sequences: Sequence[tuple[int, ...]]) -> list[int]:
+    """Indices of the first of each identical sequences: what a phase that draws from several stages trains on."""
+    first: dict[tuple[int, ...], int] = {}
+    for i, sequence in enumerate(sequences):
+        first.setdefault(sequence, i)
+    return list(first.values())
 
 
 def phases(order: str, stages: Sequence[Sequence[object]]) -> list[list[int]]:

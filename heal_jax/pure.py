@@ -31,8 +31,9 @@ def scored_steps(step_index: np.ndarray, answer: tuple[int, int] | None, kept: i
     vanishes: the numbers are dense.
     """
     at = np.arange(len(step_index))
-    # A step is scored when it starts at or after the cut; cuts lie between steps.
-    inside = (at >= kept) & (at < length) & (step_index >= 0)
+    # A step is scored when it starts at or after the cut; cuts lie between steps. Tokens of no step (those after a
+    # thinking part) are not scored, but for the answer.
+    inside = (at >= kept) & (at < length)
     raw = np.where(inside, step_index, -1)
     if answer is not None:
         raw = np.where(inside & (at >= answer[0]) & (at < answer[1]), np.iinfo(np.int32).max, raw)

@@ -197,7 +197,7 @@ def test_curate_follows_the_rules():
     ]
     decisions = {d.rollout_id: d for d in pace.curate(given_candidates, strata, 1.12, per_problem=2)}
     assert [d for d in decisions] == [c.rollout_id for c in given_candidates]
-    assert {i: d.stage for i, d in decisions.items() if d.kept} == {"b0": 1, "h3": 2, "r1": 3, "r2": 3}
+    assert {i: d.stage for i, d in decisions.items() if d.kept} == {"b0": 1, "h3": 2, "r2": 3, "r5": 3}
     reasons = {i: d.reason for i, d in decisions.items() if not d.kept}
     assert reasons == {
         "b1": "truncated",
@@ -206,9 +206,9 @@ def test_curate_follows_the_rules():
         "h1": "problem is solved",
         "h2": "talks about the hint",
         "r0": "over the 2 examples of a problem in stage 3",
+        "r1": "over the 2 examples of a problem in stage 3",
         "r3": "problem is not unsolved",
         "r4": "PURE nan > 1.12",
-        "r5": "same tokens as b0",
         "r6": "PURE not scored > 1.12",
     }
 
@@ -233,11 +233,20 @@ def test_curate_properties(drawn, per_problem):
     kept = [(c, d) for c, d in zip(items, decisions) if d.kept]
     assert len(decisions) == len(items)
     assert all(d.stage == pace.STAGE_OF_KIND[c.kind] and c.grade == "correct" for c, d in kept)
-    assert len({c.sequence for c, _ in kept}) == len(kept)
+    assert len({(d.stage, c.sequence) for c, d in kept}) == len(kept)
     for stage in (1, 2, 3):
         for problem in "psh":
             assert sum(d.stage == stage and c.problem_id == problem for c, d in kept) <= per_problem
     assert all(d.stage == 0 and d.reason for d in decisions if not d.kept)
+
+
+def test_pool_keeps_the_first_of_equals():
+    assert pace.pool([(1,), (2,), (1,), (3,), (2,)]) == [0, 1, 3]
+
+
+def test_an_answer_after_the_thinking_part_is_scored():
+    steps = np.array([0, 0, 1, 1, -1, -1, -1, -1], np.int32)  # two steps of thinking, then "answer: 42 <eos>"
+    assert pure.scored_steps(steps, (5, 7), 0, 7).tolist() == [0, 0, 1, 1, -1, 2, 2, -1]
 
 
 def test_phases():

@@ -14,20 +14,29 @@ from rich.console import Console
 from heal_jax import config, store
 from heal_jax.errors import InputError
 from heal_jax.model.tokenizer import Tokenizer
+from heal_jax.report.data import load
 from heal_jax.report.page import write_report
+from heal_jax.report.repairs import LONG, card
 from heal_jax.report.show import show
+from heal_jax.report.view import view
 from heal_jax.world import tokenizer as world_tokenizer
 from heal_jax.world.problems import question_of
 from heal_jax.world.traces import ANSWER, HINDSIGHT, HINT, LEAK, PERFECT, Skill, read_answer, solve
 
-HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(1)>\u2028[bold red]&lt;b&gt;"
-STRATA = {0: "solved", 1: "solved", 2: "solved", 3: "hard", 4: "hard", 5: "unsolved", 6: "unsolved", 7: "unsolved"}
+HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(1)>\u2028[bold red]&lt;b&gt;\x1b[2J"
+STRATA = ["solved", "solved", "solved", "hard", "hard", "unsolved", "unsolved", "unsolved"]
 SAMPLES, PATHS, REPAIRS = 10, 3, 6
-FILES = [
-    "config.yaml", "manifest.json", "problems.parquet", "decisions.parquet", "metrics.jsonl", "summary.json",
-    "evaluation/heal-00000.parquet", "rollouts/base-00000.parquet", "rollouts/hindsight-00000.parquet",
-    "rollouts/repair-00000.parquet",
-]  # fmt: skip
+SHARDS = [f"rollouts/{kind}-00000.parquet" for kind in ("base", "hindsight", "repair")]
+FILES = ["config.yaml", "manifest.json", "problems.parquet", "decisions.parquet", "metrics.jsonl", "summary.json",
+         "evaluation/heal-00000.parquet", *SHARDS]  # fmt: skip
+SUMMARY = {
+    "problems": 8, "strata": {"solved": 3, "hard": 5, "unsolved": 3},
+    "repair": {"problems": 3, "repaired_problems": 2, "candidates": 1154, "correct": 927, "leaked": 19, "kept": 106},
+    "hindsight": {"candidates": 5, "correct": 5, "kept": 4},
+    "stages": {"1": {"examples": 33, "tokens": 333}, "2": {"examples": 4, "tokens": 44},
+               "3": {"examples": 6, "tokens": 66}},
+    "difference": {"mean": 0.1111, "ci95": [-0.0123, 0.2222]}, "seconds": {"base": 12.3, "repair": 45.6},
+}  # fmt: skip
 
 
 class World:
@@ -43,191 +52,161 @@ class World:
         self.tokenizer = Tokenizer(folder, self.vocab_size)
         self.rng = np.random.default_rng(7)
 
-    def rollout(
-        self, problem: dict, rollout_id: str, kind: str, text: str, kept: str = "", hint: str = "", **row
-    ) -> dict:
-        """`kept` and `text` are what the student sees; entropies surge in steps that begin with "!"."""
-        steps = re.findall(r".+?(?:\n\n|\Z)", kept + text.replace("!", ""), re.DOTALL)
-        marked = [part.startswith("!") for part in re.findall(r".+?(?:\n\n|\Z)", kept + text, re.DOTALL)]
-        ids = [self.tokenizer.encode(step) for step in steps]
-        starts = np.cumsum([0, *map(len, ids)])[:-1].tolist()
-        entropy = [abs(self.rng.normal(0.75 if surge else 0.03, 0.25 if surge else 0.02)) for part, surge in zip(ids, marked)
-                   for _ in part]  # fmt: skip
-        n = len(self.tokenizer.encode(kept))
-        tokens = [i for part in ids for i in part] + [self.eos]
-        prompt = self.tokenizer.prompt(problem["question"])
-        context = prompt + tokens[:n] + (self.tokenizer.encode(hint) if hint else [])
-        entropy = entropy[n:] + [0.001]
-        answer = re.search(r"boxed\{(.*)\}", text)
+    def rollout(self, problem: dict, name: str, steps: list[str], kept: int = 0, hint: str = "", **row) -> dict:
+        """`steps` is what the student sees, `kept` of them not decoded; entropy surges in those that begin with "!"."""
+        ids = [self.tokenizer.encode(step.removeprefix("!")) for step in steps]
+        entropy = [[abs(self.rng.normal(0.75, 0.25) if step[0] == "!" else self.rng.normal(0.03, 0.02)) for _ in part]
+                   for step, part in zip(steps, ids, strict=True)]  # fmt: skip
+        tokens = [*sum(ids, []), self.eos]
+        decoded = [*sum(entropy[kept:], []), 0.001]
+        prompt, prefix = self.tokenizer.prompt(problem["question"]), sum(ids[:kept], [])
+        text = self.tokenizer.text(tokens)
+        answer = re.findall(r"boxed\{(.*?)\}", text)[-1]
         return {
-            "problem_id": problem["id"], "rollout_id": rollout_id, "kind": kind, "prompt_tokens": prompt,
-            "tokens": tokens, "context_tokens": context, "entropy": entropy, "logprob": [-e for e in entropy],
-            "sampling_logprob": [-e for e in entropy], "step_starts": starts, "finish": "stop",
-            "grade": "correct" if answer and answer[1] == problem["answer"] else "wrong",
-            "text": self.tokenizer.text(tokens), "answer": answer[1] if answer else None, **row,
+            "problem_id": problem["id"], "rollout_id": f"{problem['id']}/{name}/s0", "kind": name.split("/")[0],
+            "prompt_tokens": prompt, "tokens": tokens, "text": text, "answer": answer, "finish": "stop",
+            "context_tokens": prompt + prefix + (self.tokenizer.encode(hint) if hint else []), "entropy": decoded,
+            "logprob": [-e for e in decoded], "sampling_logprob": [-e for e in decoded],
+            "step_starts": np.cumsum([0, *map(len, ids)])[:-1].tolist(),
+            "kept_tokens": len(prefix) if name.startswith("repair") else None,
+            "grade": "correct" if answer == problem["answer"] else "wrong", **row,
         }  # fmt: skip
 
-    def score(self, row: dict, bad: bool) -> None:
-        """PURE figures of the steps after the cut, the answer last; a bad rollout jumps at its end."""
+    def scored(self, row: dict, jump: bool) -> dict:
+        """With PURE figures of the steps after the cut, the answer last; `jump`: the answer comes out of nowhere."""
         steps = sum(start >= (row["kept_tokens"] or 0) for start in row["step_starts"]) + 1
         expected = 1 + abs(self.rng.normal(0, 0.1, steps))
         ppl = expected * (1 + abs(self.rng.normal(0, 0.02, steps)))
-        if bad:
-            ppl[-1] = 41.5
+        ppl[-1] = 41.5 if jump else ppl[-1]
         ratio = ppl / (expected + 0.01)
-        row |= {"step_ppl": ppl, "step_expected_ppl": expected, "pure_score": 0.8 * ratio.mean() + 0.2 * ratio.max()}
+        return row | {
+            "step_ppl": ppl, "step_expected_ppl": expected, "pure_score": 0.8 * ratio.mean() + 0.2 * ratio.max()
+        }  # fmt: skip
+
+
+def rollouts(world: World, problem: dict, terms: list[int], hostile: str) -> list[tuple[dict, int, str]]:
+    """Base, hindsight and repair rollouts of one problem, each with its stage and the reason."""
+    rng, made, failures = np.random.default_rng(3), [], []
+    right, _ = solve(terms, PERFECT, rng)
+    end = ANSWER.format(answer=problem["answer"])
+    for n in range(SAMPLES):
+        if n < round(problem["pass_rate"] * SAMPLES):
+            made.append((world.rollout(problem, f"base/{n}", [*right, end]), 1, "kept"))
+            continue
+        wrong, totals = solve(terms, Skill(two=0, nine=0), rng, start=3)
+        steps = [*right[:3], "!" + wrong[0], *wrong[1:]]
+        said = ANSWER.format(answer=read_answer([0, 0, 0, *totals])) + hostile
+        row = world.rollout(problem, f"base/{n}", [*steps, said])
+        made.append((row, 0, "wrong"))
+        failures.append((row, steps))
+    if problem["stratum"] != "solved":
+        row = world.scored(world.rollout(problem, "hindsight/0", [*right, end]), jump="p3" in problem["id"])
+        shown = HINDSIGHT.replace("{answer}", problem["answer"]).replace("{question}", problem["question"])
+        row["context_tokens"] = world.tokenizer.prompt(shown)
+        made.append((row, 0, "PURE 9.999 > 1.12") if "p3" in problem["id"] else (row, 2, "kept"))
+    hint = HINT.format(answer=problem["answer"]) + hostile
+    for j, (parent, failed) in enumerate(failures[:PATHS] if problem["stratum"] == "unsolved" else []):
+        kept = j % 3
+        for n in range(REPAIRS):
+            tail, stage, reason = {
+                0: ([*right[kept:], end], 3, "kept"),
+                1: ([*right[kept:4], end], 0, f"PURE 8.123 > 1.12{hostile}"),
+                2: ([LEAK, *right[kept:], end], 0, "talks about the hint"),
+            }.get(n, ([*failed[kept:], ANSWER.format(answer="12")], 0, "wrong"))
+            origin = {"parent_id": parent["rollout_id"], "breakpoint_step": 3}
+            row = world.rollout(problem, f"repair/{j}.{n}", [*failed[:kept], *tail], kept, hint, **origin)
+            if "p7" in problem["id"] and stage:  # a problem whose right repairs all fall
+                stage, reason = 0, "over the limit"
+            made.append((world.scored(row, jump=n == 1) if n < 3 else row, stage, reason))
+    return made
 
 
 def make_run(root: Path, hostile: str = "") -> Path:
     """A finished run directory with the real schemas; with `hostile` in every text that a user's files can hold."""
-    world = World(root.parent / "teacher")
-    rng = np.random.default_rng(3)
-    run = store.RunDirectory(root)
-    settings = config.Config(
-        sample=config.SampleSpec(n=SAMPLES), hindsight=config.HindsightSpec(prompt="{answer} {question} " + hostile)
-    )
+    world, run = World(root.parent / "teacher"), store.RunDirectory(root)
+    prompt = "{answer} {question} " + hostile
+    settings = config.Config(sample=config.SampleSpec(n=SAMPLES), hindsight=config.HindsightSpec(prompt=prompt))
     store.write_text(root / "config.yaml", config.dump(settings))
-    problems, rows, decisions = [], [], []
-
-    def decide(row: dict, stage: int, reason: str) -> None:
-        rows.append(row)
-        decisions.append({"rollout_id": row["rollout_id"], "stage": stage, "kept": stage > 0, "reason": reason})
-
-    for i, stratum in STRATA.items():
+    rng, problems, made = np.random.default_rng(3), [], []
+    for i, stratum in enumerate(STRATA):
         terms = [int(x) for x in rng.integers(10**10, 10**11, 3)]
-        problem = {
+        rate = {"solved": 0.9, "hard": 0.3, "unsolved": 0.0}[stratum]
+        problems.append({
             "id": f"p{i}{hostile}", "source": "world:sums", "split": "train", "level": f"{stratum}{hostile}",
-            "question": question_of(terms) + hostile, "answer": str(sum(terms)), "stratum": stratum,
-            "pass_rate": {"solved": 0.9, "hard": 0.3, "unsolved": 0.0}[stratum],
-        }  # fmt: skip
-        problems.append(problem)
-        failures = []
-        for n in range(SAMPLES):
-            right = n < round(problem["pass_rate"] * SAMPLES)
-            steps, totals = solve(terms, PERFECT, rng)
-            if not right:
-                at = int(rng.integers(3, 4))
-                wrong, totals = solve(terms, Skill(two=0, nine=0), rng, at, 0)
-                totals = [0] * at + totals
-                steps = [*steps[:at], "!" + wrong[0], *wrong[1:]]
-            text = "".join(steps) + ANSWER.format(answer=read_answer(totals)) + (hostile if not right else "")
-            row = world.rollout(problem, f"p{i}{hostile}/base/{n}/s0", "base", text)
-            decide(row, int(right), "kept" if right else "wrong")
-            failures += [] if right else [(row, steps)]
-        steps, _ = solve(terms, PERFECT, rng)
-        end = ANSWER.format(answer=problem["answer"])
-        if stratum != "solved":
-            row = world.rollout(
-                problem, f"p{i}{hostile}/hindsight/0/s0", "hindsight", "".join(steps) + end, kept_tokens=None
-            )
-            shown = HINDSIGHT.format(question=problem["question"], answer=problem["answer"])
-            row["context_tokens"] = world.tokenizer.prompt(shown)
-            world.score(row, bad=i == 3)
-            decide(row, *((0, "PURE 9.999 > 1.12") if i == 3 else (2, "kept")))
-        for j, (parent, failed) in enumerate(failures[:PATHS] if stratum == "unsolved" else []):
-            for n in range(REPAIRS):
-                kept = failed[: j % 3]
-                tail, reason = {
-                    0: (steps[len(kept) :], "kept"),
-                    1: (steps[len(kept) : 4], f"PURE 8.123 > 1.12{hostile}"),
-                    2: ([LEAK, *steps[len(kept) :]], "talks about the hint"),
-                }.get(n, (failed[len(kept) :], "wrong"))
-                ending = end if n < 3 else ANSWER.format(answer="12")
-                row = world.rollout(
-                    problem, f"p{i}{hostile}/repair/{j}.{n}/s0", "repair", "".join(tail) + ending, "".join(kept),
-                    HINT.format(answer=problem["answer"]) + hostile, parent_id=parent["rollout_id"], breakpoint_step=3,
-                    kept_tokens=len(world.tokenizer.encode("".join(kept))),
-                )  # fmt: skip
-                if n < 3:
-                    world.score(row, bad=n == 1)
-                decide(row, 3 if reason == "kept" and i != 7 else 0, reason if i != 7 or n else "over the limit")
+            "question": question_of(terms) + hostile, "answer": str(sum(terms)), "stratum": stratum, "pass_rate": rate,
+        })  # fmt: skip
+        made += rollouts(world, problems[-1], terms, hostile)
+    decisions = [{"rollout_id": row["rollout_id"], "stage": stage, "kept": stage > 0, "reason": reason}
+                 for row, stage, reason in made]  # fmt: skip
     store.write_table(root / "problems.parquet", problems, store.PROBLEMS)
     store.write_table(root / "decisions.parquet", decisions, store.DECISIONS)
     for kind in ("base", "hindsight", "repair"):
-        made = [row for row in rows if row["kind"] == kind]
-        run.shard(f"rollouts/{kind}-00000", lambda made=made: made)
+        run.shard(f"rollouts/{kind}-00000", lambda kind=kind: [row for row, _, _ in made if row["kind"] == kind])
     accuracy = {}
     for model, mean in {"teacher": 0.61, "student_base": 0.234, "rejection_sampling": 0.4567, "heal": 0.5678}.items():
-        figures = {"mean": mean, "ci95": [mean - 0.041, mean + 0.039], "n": 80}
-        levels = {f"{name}{hostile}": {"mean": round(mean * part, 4), "n": 40, "ci95": [mean * part - 0.1, mean * part + 0.1]}
+        levels = {name + hostile: {"mean": mean * part, "n": 40, "ci95": [mean * part - 0.1, mean * part + 0.1]}
                   for name, part in (("easy", 1.4), ("hard", 0.6))}  # fmt: skip
-        accuracy[model] = {**figures, "per_level": levels}
-        graded = [{"model": model, "problem_id": f"t{i}", "sample": 0, "tokens": [1, 2], "grade": "correct" if i < 80 * mean
-                   else "wrong" + hostile} for i in range(80)]  # fmt: skip
-        run.shard(f"evaluation/{model}-00000", lambda graded=graded: graded, store.EVALUATION)
-    summary = {
-        "problems": 8, "strata": {"solved": 3, "hard": 5, "unsolved": 3},
-        "repair": {"problems": 3, "repaired_problems": 2, "candidates": 1154, "correct": 927, "leaked": 19, "kept": 106},
-        "hindsight": {"candidates": 5, "correct": 5, "kept": 4},
-        "stages": {"1": {"examples": 33, "tokens": 3333}, "2": {"examples": 4, "tokens": 444},
-                   "3": {"examples": 6, "tokens": 666}},
-        "accuracy": accuracy, "difference": {"mean": 0.1111, "ci95": [-0.0123, 0.2222]},
-        "throughput": {"sample_tokens_per_s": 1234.5, "train_tokens_per_s": 4321.0},
-        "seconds": {"base": 12.3, "repair": 45.6},
-    }  # fmt: skip
-    store.write_json(root / "summary.json", summary)
-    lines = []
-    for model, phases in {
-        "heal": ["stage 1", "stage 1+2", "stage 1+2+3"],
-        "rejection_sampling": ["stage 1"] * 3,
-    }.items():
-        for step in range(10, 310, 10):
-            loss = 2.5 * np.exp(-step / 60) + 0.03 + 0.02 * rng.random()
-            lines.append({"event": "train", "model": model, "step": step, "phase": phases[(step - 1) // 100] + hostile,
-                          "loss": loss, "grad_norm": 1.0, "learning_rate": 1e-3, "tokens": step * 100,
-                          "loss_tokens": step * 60, "seconds": step * 0.1})  # fmt: skip
+        accuracy[model] = {"mean": mean, "ci95": [mean - 0.041, mean + 0.039], "n": 80, "per_level": levels}
+        samples = [{"model": model, "problem_id": f"t{i}", "sample": 0, "tokens": [1], "grade": f"wrong{hostile}"}
+                   for i in range(9)]  # fmt: skip
+        run.shard(f"evaluation/{model}-00000", lambda samples=samples: samples, store.EVALUATION)
+    store.write_json(root / "summary.json", SUMMARY | {"accuracy": accuracy})
+    lines = [
+        {"event": "train", "model": model, "step": step, "phase": stages[(step - 1) // 100] + hostile,
+         "loss": 2.5 * np.exp(-step / 60) + 0.05 * rng.random(), "tokens": step * 9, "loss_tokens": step * 6}
+        for model, stages in (("heal", ["stage 1", "stage 1+2", "stage 1+2+3"]), ("rejection_sampling", ["1"] * 3))
+        for step in range(10, 310, 10)
+    ]  # fmt: skip
+    # The last line is torn, as an interruption leaves it.
     store.write_text(root / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines) + '{"event": "tra')
     teacher = {"path": str(world.folder), "sha256": "0" * 64, "vocab_size": world.vocab_size}
     stages = ("sample", "hindsight", "repair", "curate", "train", "evaluate", "export")
-    run.update(versions={"jax": "0.10.2" + hostile}, device={"kind": "cpu", "count": 1}, models={"teacher": teacher},
-               stages={name: {} for name in stages})  # fmt: skip
+    run.update(versions={"jax": f"0.10.2{hostile}"}, models={"teacher": teacher}, stages={name: {} for name in stages})
     return root
 
 
 class Page(HTMLParser):
-    """Elements and attributes of a page, its visible text, tables and script contents."""
+    """Elements and attributes of a page, its visible text, table rows and scripts."""
 
     def __init__(self, path: Path):
         super().__init__(convert_charrefs=True)
         self.shapes: set[tuple[str, tuple[str, ...]]] = set()
         self.classes: set[str] = set()
         self.scripts: list[tuple[dict, str]] = []
-        self.words: list[str] = []
-        self.cells: list[list[str]] = []
-        self.inside: str | None = None
-        self.cell = False
+        self.text = ""
+        self.rows: list[list[str]] = []
+        self.inside, self.cell = "", False
         self.feed(path.read_text(encoding="utf-8"))
-        self.text = "".join(self.words)
 
     def handle_starttag(self, tag, attrs):
         self.shapes.add((tag, tuple(sorted(name for name, _ in attrs))))
         self.classes |= set((dict(attrs).get("class") or "").split())
-        self.inside = tag if tag in ("script", "style") else None
+        self.inside = tag
         if tag == "script":
             self.scripts.append((dict(attrs), ""))
         if tag == "tr":
-            self.cells.append([])
+            self.rows.append([])
         if tag in ("td", "th"):
-            self.cells[-1].append("")
+            self.rows[-1].append("")
             self.cell = True
 
     def handle_endtag(self, tag):
-        self.inside = None
+        self.inside = ""
         self.cell = self.cell and tag not in ("td", "th")
 
     def handle_data(self, data):
         if self.inside == "script":
             self.scripts[-1] = self.scripts[-1][0], self.scripts[-1][1] + data
-        elif self.inside is None:
-            self.words.append(data)
+        elif self.inside != "style":
+            self.text += data
             if self.cell:
-                self.cells[-1][-1] += data
+                self.rows[-1][-1] += data
 
     def row(self, name: str) -> list[str]:
-        return next(row[1:] for row in self.cells if row and row[0] == name)
+        return next(row[1:] for row in self.rows if row and row[0] == name)
 
     def figures(self) -> list[dict]:
-        return [json.loads(text) for attributes, text in self.scripts if attributes.get("type") == "application/json"]
+        return [json.loads(text) for attributes, text in self.scripts if attributes]
 
 
 @pytest.fixture(scope="module")
@@ -247,106 +226,112 @@ def test_figures_are_those_of_the_summary(plain):
     assert "a difference of +11.1 points, 95 % interval −1.2 to +22.2." in page.text
     assert "does not show a difference" in page.text
     assert page.row("HEAL")[:3] == ["56.8 %52.7 to 60.7", "79.5 %69.5 to 89.5", "34.1 %24.1 to 44.1"]
-    assert page.row("Teacher")[0].startswith("61.0 %")
     assert page.row("Difference")[0] == "+11.1−1.2 to +22.2"
     assert [page.row(name)[0] for name in ("problems", "solved", "hard", "of these unsolved")] == ["8", "3", "5", "3"]
     assert page.row("repaired (a repair is kept)") == ["2"]
     assert page.row("candidates") == ["5", "1,154"] and page.row("kept") == ["4", "106"]
-    assert page.row("talk about the hint") == ["–", "19"]
-    assert page.row("stage 3") == ["6", "666"]
+    assert page.row("talk about the hint") == ["–", "19"] and page.row("stage 3") == ["6", "66"]
     accuracy, flow, rates, loss = page.figures()
     heal = next(trace for trace in accuracy["data"] if trace["name"] == "HEAL")
-    assert heal["y"] == pytest.approx([56.78, 79.49, 34.07]) and heal["error_y"]["array"][0] == pytest.approx(3.9)
-    assert {trace["name"]: (trace["x"], trace["y"]) for trace in rates["data"]} == {
-        "unsolved": ([0], [3]), "hard": ([3], [2]), "solved": ([9], [3])}  # fmt: skip
-    assert [len(trace["x"]) for trace in loss["data"]] == [30, 30]
-    node, link = flow["data"][0]["node"], flow["data"][0]["link"]
-    named = {
-        (node["label"][a].split("<br>")[0], node["label"][b].split("<br>")[0]): value
-        for a, b, value in zip(link["source"], link["target"], link["value"])
-    }
-    # Of three unsolved problems the repairs of one were all dropped: hindsight taught it.
-    assert named["problems", "unsolved"] == 3 and named["right repairs", "stage 3"] == 2
-    assert named["right repairs", "hindsight"] == 1 and named["hindsight", "right answers"] == 3
-    assert named["right answers", "stage 2"] == 2 and named["right answers", "stage 1"] == 1
-    assert named["solved", "stage 1"] == 3
+    assert heal["y"] == pytest.approx([56.78, 79.492, 34.068]) and heal["error_y"]["array"][0] == pytest.approx(3.9)
+    counts = {trace["name"]: (trace["x"], trace["y"]) for trace in rates["data"]}
+    assert counts == {"unsolved": ([0], [3]), "hard": ([3], [2]), "solved": ([9], [3])}
+    assert [trace["x"] for trace in loss["data"]] == [list(range(10, 310, 10))] * 2
+    names, link = [name.split("<br>")[0] for name in flow["data"][0]["node"]["label"]], flow["data"][0]["link"]
+    ends = zip(link["source"], link["target"], link["value"], strict=True)
+    assert {(names[a], names[b]): count for a, b, count in ends} == {
+        ("problems", "solved"): 3, ("problems", "hard"): 2, ("problems", "unsolved"): 3, ("solved", "stage 1"): 3,
+        ("unsolved", "repair"): 3, ("repair", "right repairs"): 3, ("right repairs", "stage 3"): 2,
+        # One unsolved problem has no repair left, one hard problem no hindsight rollout.
+        ("right repairs", "hindsight"): 1, ("hard", "hindsight"): 2, ("hindsight", "right answers"): 3,
+        ("right answers", "stage 2"): 2, ("right answers", "stage 1"): 1,
+    }  # fmt: skip
 
 
 def test_repairs_are_shown_with_their_figures(plain):
     write_report(plain)
     page = Page(plain / "report.html")
     assert {"s0", "s9", "cut", "hint", "broken", "kept", "answer"} <= page.classes
-    assert "breakpoint" in page.text and "Hint: The final answer is " in page.text
-    assert "kept, stage 3" in page.text and "PURE 8.123 > 1.12" in page.text
-    rows = {row["rollout_id"]: row for row in store.RunDirectory(plain).rollouts("repair").to_pylist()}
-    shown = [i for i in rows if i in page.text]
-    assert len(shown) == 8 and len({rows[i]["problem_id"] for i in shown}) == 3
-    assert all(rows[i]["kept_tokens"] for i in shown)
-    bad = [row for row in page.cells if row[0] == "A" and row[3] == "41.50"]  # the answer comes last, and is the jump
-    assert bad and bad[0][1].startswith("answer ")
-    row = rows[shown[0]]
-    ratio = row["step_ppl"][-1] / (row["step_expected_ppl"][-1] + 0.01)
-    assert any(cells[0] == "A" and cells[-1] == f"{ratio:.2f}" for cells in page.cells)
-    # The same bytes again.
+    assert "kept, stage 3" in page.text and "PURE 8.123 > 1.12" in page.text and "breakpoint" in page.text
+    rows = {row["rollout_id"]: row for row in load(plain).rollouts.to_pylist() if row["kind"] == "repair"}
+    shown = [rows[i] for i in rows if i in page.text]
+    assert len(shown) == 8 and len({row["problem_id"] for row in shown}) == 3
+    assert all(row["kept_tokens"] for row in shown)
+    for row in shown:
+        ratio = row["step_ppl"][-1] / (row["step_expected_ppl"][-1] + 0.01)
+        figures = [f"{row['step_ppl'][-1]:.2f}", f"{row['step_expected_ppl'][-1]:.2f}", f"{ratio:.2f}"]
+        assert ["A", f"answer {row['answer']}", "", *figures] in page.rows  # the answer is the last
     before = (plain / "report.html").read_bytes()
-    write_report(plain)
-    assert (plain / "report.html").read_bytes() == before
+    assert write_report(plain).read_bytes() == before
+
+
+def test_a_step_that_holds_the_answer_alone_has_no_figures(plain):
+    run = load(plain)
+    row = next(row for row in run.rollouts.to_pylist() if row["kind"] == "hindsight")
+    del row["step_ppl"][-2], row["step_expected_ppl"][-2]
+    found = view(run, row)
+    assert found.answer is not None and found.answer.ppl == row["step_ppl"][-1]
+    assert [step.scored.ppl for step in found.steps[:-1]] == row["step_ppl"][:-1] and found.steps[-1].scored is None
+
+
+def test_long_rollouts_are_shortened(plain):
+    run = load(plain)
+    row = next(row for row in run.rollouts.to_pylist() if row["kept_tokens"])
+    extra, step = run.tokenizer.encode("a: 1+1=2\n\n") * LONG, len(run.tokenizer.encode("a: 1+1=2\n\n"))
+    start = len(row["tokens"])
+    row["step_starts"] += list(range(start, start + len(extra), step))
+    row["tokens"], row["entropy"] = row["tokens"] + extra, row["entropy"] + [0.1] * len(extra)
+    row["text"] = run.tokenizer.text(row["tokens"])
+    text = card(run, view(run, row), None, 1.0)
+    assert re.search(r"[0-9]+ steps left out", text) and text.count("<i ") < 1.1 * LONG
 
 
 def test_hostile_text_is_shown_and_never_run(plain, hostile):
-    write_report(plain)
-    write_report(hostile)
-    clean, page = Page(plain / "report.html"), Page(hostile / "report.html")
-    assert page.shapes == clean.shapes  # no element and no attribute comes from the text
-    assert page.classes == clean.classes
+    clean, page = Page(write_report(plain)), Page(write_report(hostile))
+    assert page.shapes == clean.shapes and page.classes == clean.classes  # no element or attribute comes from a text
     assert "<script>alert(1)</script><img src=x onerror=alert(1)>" in page.text
     assert [attributes for attributes, _ in page.scripts] == [attributes for attributes, _ in clean.scripts]
     for attributes, text in page.scripts:
-        if attributes.get("type") == "application/json":
-            assert not re.search("[<>&\u2028\u2029]", text)
-            assert "<script" not in json.dumps(json.loads(text))  # plotly reads tags in labels
-        else:
-            assert "alert(1)" not in text
+        assert attributes or "alert(1)" not in text
+        assert not attributes or not re.search("[<>&\u2028\u2029]", text)
+    assert "<script" not in json.dumps(page.figures())  # plotly reads tags in labels
     source = (hostile / "report.html").read_text(encoding="utf-8")
     assert "onerror=alert(1)>" not in source
-    assert "default-src 'none'" in source and "'unsafe-inline'; script-src 'sha256-" in source
+    assert "default-src 'none'" in source and "script-src 'sha256-" in source
 
 
 def test_nothing_is_fetched(plain):
-    write_report(plain)
-    page = Page(plain / "report.html")
+    page = Page(write_report(plain))
     names = {name for _, attributes in page.shapes for name in attributes}
     assert not names & {"src", "href", "srcset", "action", "data", "poster", "background"}
-    assert not re.search(r"url\(|@import", (plain / "report.html").read_text().split("</style>")[0])
+    assert not re.search(r"url\(|@import", (plain / "report.html").read_text(encoding="utf-8").split("</style>")[0])
 
 
-@pytest.mark.parametrize("missing", [*FILES, "teacher", "evaluation", "rollouts"])
+@pytest.mark.parametrize("missing", [*FILES, "evaluation", "rollouts", "teacher"])
 def test_half_finished_runs_have_a_page(plain, tmp_path, missing):
-    shutil.copytree(plain, tmp_path / "run")
+    root = shutil.copytree(plain, tmp_path / "run")
+    path = root / missing
     if missing == "teacher":
-        path = tmp_path / "run" / "manifest.json"
-        path.write_text(path.read_text().replace(str(plain.parent / "teacher"), str(tmp_path / "gone")))
-    elif (tmp_path / "run" / missing).is_dir():
-        shutil.rmtree(tmp_path / "run" / missing)
+        manifest = (root / "manifest.json").read_text()
+        (root / "manifest.json").write_text(manifest.replace(str(plain.parent / "teacher"), str(tmp_path / "gone")))
+    elif path.is_dir():
+        shutil.rmtree(path)
     else:
-        (tmp_path / "run" / missing).unlink()
-    page = Page(write_report(tmp_path / "run"))
+        path.unlink()
+    page = Page(write_report(root))
     for title in ("Did it help?", "Where did the data come from?", "What does a repair look like?", "What was run?"):
         assert title in page.text
-    if missing == "summary.json":
-        assert "Still to come: accuracies" in page.text
-    if missing == "metrics.jsonl":
-        assert "Still to come: the loss" in page.text
+    if missing in ("summary.json", "metrics.jsonl"):
+        assert f"Still to come: the {'loss' if missing == 'metrics.jsonl' else 'accuracies'}" in page.text
     if missing == "teacher":
-        assert "plain text" in page.text and "s9" not in page.classes
-        assert "Hint: The final answer is 1" in page.text and "\\boxed{" in page.text and "breakpoint" in page.text
-    show(tmp_path / "run", None, Console(file=io.StringIO()))
+        assert "plain text" in page.text and "s9" not in page.classes and "breakpoint" in page.text
+        assert "Hint: The final answer is 1" in page.text and "\\boxed{" in page.text
+    printed(root)
 
 
 def test_a_run_that_has_just_begun(tmp_path):
     store.write_text(tmp_path / "config.yaml", config.dump(config.Config()))
-    page = Page(write_report(tmp_path))
-    assert page.text.count("Still to come") >= 5
+    assert Page(write_report(tmp_path)).text.count("Still to come") >= 5
     store.RunDirectory(tmp_path).finish("sample")
     assert "Done: sample." in Page(write_report(tmp_path)).text
 
@@ -357,43 +342,34 @@ def test_not_a_run_directory(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def shown(root: Path, rollout_id: str | None) -> str:
+def printed(root: Path, rollout_id: str | None = None, **terminal) -> str:
     out = io.StringIO()
-    show(root, rollout_id, Console(file=out, width=100, color_system=None))
+    show(root, rollout_id, Console(file=out, width=100, **terminal))
     return out.getvalue()
 
 
-def test_show_lists_rollouts(plain):
-    text = shown(plain, None)
-    assert re.search(r"repair +54 +27 +6 +p5/repair/0\.0/s0", text)
-    assert "kept repairs" in text and "p6/repair/0.0/s0" in text
-
-
-def test_show_prints_a_rollout(plain):
-    text = shown(plain, "p5/repair/2.1/s0")
-    for part in ("question: State the final", "kept prefix", "hint (the teacher alone sees it): Hint: The final answer is",
+def test_show(plain):
+    listing = printed(plain)
+    assert re.search(r"repair +54 +27 +6 +p5/repair/0\.0/s0", listing) and "kept repairs" in listing
+    text = printed(plain, "p5/repair/2.1/s0")
+    for part in ("question: State the final", "kept prefix", "hint (the teacher alone sees it): Hint: The final",
                  "breakpoint: step 3 of the failed rollout; kept: 2 steps", "continuation", "grade: correct, answer",
                  "41.500", "> threshold 1.12", "verdict: dropped: PURE 8.123"):  # fmt: skip
         assert part in text
-    assert re.search(r"entropy 0\.\d{3} +PPL 1\.\d{3}  expected 1\.\d{3}  ratio 1?0?\.\d{3}", text)
-    assert "what the teacher saw: <|user|>" in shown(plain, "p5/hindsight/0/s0")
-    assert "hint" not in shown(plain, "p5/base/0/s0")
+    assert re.search(r"entropy 0\.\d{3} +PPL 1\.\d{3}  expected 1\.\d{3}  ratio \d\.\d{3}", text)
+    assert "what the teacher saw: <|user|>" in printed(plain, "p5/hindsight/0/s0")
+    assert "hint" not in printed(plain, "p5/base/0/s0")
 
 
 def test_show_escapes(hostile):
-    out = io.StringIO()
-    show(
-        hostile,
-        f"p5{HOSTILE}/repair/0.0/s0",
-        Console(file=out, width=100, color_system="truecolor", force_terminal=True),
-    )
-    assert "[bold red]" in out.getvalue() and "alert(1)" in out.getvalue()
-    assert "\x1b[" in out.getvalue()  # entropies are colours
+    text = printed(hostile, f"p5{HOSTILE}/repair/0.0/s0", color_system="truecolor", force_terminal=True)
+    assert "[bold red]" in text and "alert(1)" in text
+    assert "\x1b[" in text and "\x1b[2J" not in text  # entropies are colours; the terminal does not obey the text
 
 
 def test_show_refuses_unknown_ids(plain, tmp_path):
     with pytest.raises(InputError, match=r"did you mean p5/repair/0\.1/s0\?"):
-        shown(plain, "p5/repair/0.1/s1")
+        printed(plain, "p5/repair/0.1/s1")
     store.write_text(tmp_path / "config.yaml", config.dump(config.Config()))
     with pytest.raises(InputError, match="heal sample"):
-        shown(tmp_path, "p5")
+        printed(tmp_path, "p5")

@@ -108,8 +108,8 @@ class Linear(nnx.Module):
 
 
 class Block(nnx.Module):
-    def __init__(self, config: DecoderConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
-        c, std = config, 0.02
+    def __init__(self, config: DecoderConfig, dtype: jnp.dtype, rngs: nnx.Rngs, std: float):
+        c = config
         out_std = std / (2 * c.num_layers) ** 0.5  # residual branches start small (GPT-2)
         self.attn_norm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype)
         self.q = Linear(c.hidden_size, c.num_heads * c.head_dim, dtype, rngs, std)
@@ -152,15 +152,15 @@ class Block(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """A causal language model. `rngs` seeds the initial weights, which loading replaces."""
+    """A causal language model. `rngs` seeds the initial weights (normal, `std`), which loading replaces."""
 
-    def __init__(self, config: DecoderConfig, dtype: jnp.dtype = jnp.float32, *, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, dtype: jnp.dtype = jnp.float32, *, rngs: nnx.Rngs, std: float = 0.02):
         self.config = config
-        self.embed = nnx.Param(0.02 * jax.random.normal(rngs.params(), (config.vocab_size, config.hidden_size), dtype))
-        self.blocks = nnx.List([Block(config, dtype, rngs) for _ in range(config.num_layers)])
+        self.embed = nnx.Param(std * jax.random.normal(rngs.params(), (config.vocab_size, config.hidden_size), dtype))
+        self.blocks = nnx.List([Block(config, dtype, rngs, std) for _ in range(config.num_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         if not config.tie_embeddings:
-            self.head = Linear(config.hidden_size, config.vocab_size, dtype, rngs, 0.02)
+            self.head = Linear(config.hidden_size, config.vocab_size, dtype, rngs, std)
 
     def __call__(self, tokens: Array, segments: Array | None = None, positions: Array | None = None) -> Array:
         """Full pass without a cache: tokens [B, T] int32 -> hidden states [B, T, D] after the last norm.
@@ -215,7 +215,7 @@ def abstract(config: DecoderConfig, dtype: jnp.dtype) -> tuple[nnx.GraphDef, nnx
     return nnx.split(nnx.eval_shape(lambda: Decoder(config, dtype, rngs=nnx.Rngs(0))))
 
 
-def initialise(config: DecoderConfig, seed: int, dtype: jnp.dtype = jnp.float32) -> Model:
-    """A decoder with random weights (normal, 0.02), the same for the same seed."""
-    graph, params = nnx.split(nnx.jit(lambda: Decoder(config, dtype, rngs=nnx.Rngs(seed)))())
+def initialise(config: DecoderConfig, seed: int, dtype: jnp.dtype = jnp.float32, std: float = 0.02) -> Model:
+    """A decoder with random weights (normal, `std`), the same for the same seed."""
+    graph, params = nnx.split(nnx.jit(lambda: Decoder(config, dtype, rngs=nnx.Rngs(seed), std=std))())
     return Model(graph, params, config)

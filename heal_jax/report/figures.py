@@ -96,14 +96,14 @@ def accuracies(accuracy: dict[str, Any]) -> Figure:
         traces,
         height=340,
         scattermode="group",
-        scattergap=0.5,
+        scattergap=0.25,
         xaxis={
             "tickvals": list(range(len(names) + 1)),
             "ticktext": ["all", *(label(name or "no level", 14) for name in names)],
             "range": [-0.5, len(names) + 0.5],
             "showgrid": False,
         },
-        yaxis={"range": [-3, 103], "ticksuffix": " %", "title": "accuracy"},
+        yaxis={"range": [-5, 105], "ticksuffix": " %", "title": "accuracy"},
     )
 
 

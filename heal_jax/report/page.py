@@ -84,10 +84,10 @@ def did_it_help(run: RunData) -> Iterable[Html]:
     if difference:
         yield tag("p", sentence(difference, accuracy or {}), class_="lead")
     if not accuracy:
-        yield todo("accuracies of teacher and students on held-out problems (heal evaluate).")
+        yield todo("the accuracies of teacher and students on held-out problems (heal evaluate).")
     else:
         names = figures.levels(accuracy)
-        yield plot(figures.accuracies(accuracy), "accuracy of the four models with 95 % intervals")
+        yield plot(figures.accuracies(accuracy), "accuracy of the four models, 95 % intervals", wide=len(names) > 4)
         rows = []
         for model, title in figures.MODELS.items():
             found = accuracy.get(model)

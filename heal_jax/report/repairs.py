@@ -73,7 +73,7 @@ def pairs(run: RunData, count: int = 8) -> list[tuple[View, View | None]]:
 
 
 def top_entropy(shown: Sequence[tuple[View, View | None]]) -> float:
-    """The end of the page's one colour scale, in tenths of a nat; without the top 1 %, beside which the rest is pale."""
+    """The end of the page's one colour scale, in tenths of a nat, without the top 1 %: outliers make the rest pale."""
     values = sorted(t.entropy for t in _tokens(shown) if t.entropy is not None and math.isfinite(t.entropy))
     high = values[int(0.99 * (len(values) - 1))] if values else 0.0
     return max(0.1, math.ceil(high * 10 - 1e-6) / 10)
@@ -174,6 +174,8 @@ def mended(repair: View, top: float) -> Html:
         figures = [("entropy", _figure(step.entropy)), *_scored(step.scored)]
         kept = [(name, "") for name in names]
         rows.append(_step(str(step.number), _shaded(step, top), kept if step.kept else figures, "kept" * step.kept))
+    if repair.kept_steps == len(repair.steps):  # it ended at once
+        rows.append(_bar("hint", hint, 6))
     if repair.answer:
         figures = [("entropy", ""), *_scored(repair.answer)]
         rows.append(_step("A", ["answer ", tag("b", repair.row["answer"] or "")], figures, "answer"))

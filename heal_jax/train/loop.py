@@ -218,7 +218,10 @@ def _abstract_state(model: Model, transform: optax.GradientTransformation, mesh:
 def _initial_state(model: Model, transform: optax.GradientTransformation, target: dict[str, Any]) -> dict[str, Any]:
     """A copy of the model's weights (steps donate theirs) and a fresh optimizer state, placed as in `target`."""
     params = jax.tree.map(
-        lambda x, t: jax.device_put(x.astype(t.dtype), t.sharding, may_alias=False), model.params, target["params"]
+        # Not device_put(may_alias=False): from one device to a mesh it aliases all the same.
+        lambda x, t: jax.device_put(jnp.copy(x).astype(t.dtype), t.sharding),
+        model.params,
+        target["params"],
     )
     places = jax.tree.map(lambda t: t.sharding, target["opt_state"])
     return {"params": params, "opt_state": jax.jit(transform.init, out_shardings=places)(params)}
