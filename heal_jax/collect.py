@@ -20,7 +20,6 @@ from heal_jax.rollout.generate import (
     Decoded,
     Group,
     Shape,
-    bucket,
     generate,
     key_of,
     score_sequences,
@@ -28,13 +27,14 @@ from heal_jax.rollout.generate import (
 )
 from heal_jax.rollout.sampling import rules
 from heal_jax.run import Run, hindsight_question, hint_text
+from heal_jax.shapes import bucket
 from heal_jax.store import PROBLEMS, write_table
 from heal_jax.world.check import first_wrong_step
 
 
 @dataclasses.dataclass(frozen=True)
 class Made:
-    """A decoded rollout and what it was made from; `kept` precedes what was decoded, `context` is what the teacher saw."""
+    """A decoded rollout and its origin; `kept` precedes what was decoded, `context` is what the teacher saw."""
 
     problem: Problem
     kind: str

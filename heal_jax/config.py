@@ -4,6 +4,7 @@ The text under a field is its help on the command line. `load` reads YAML strict
 value out of range is one line with the path, the value and what is allowed. Names and meanings: DESIGN section 2.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -356,10 +357,8 @@ def _build(hint: Any, raw: Any, path: str) -> Any:
 
 def _scalar(hint: type, raw: Any, path: str) -> Any:
     if hint is float and isinstance(raw, str):  # YAML 1.1 reads 1e-5 (no point) as text
-        try:
+        with contextlib.suppress(ValueError):
             raw = float(raw)
-        except ValueError:
-            pass
     if hint is float and isinstance(raw, int) and not isinstance(raw, bool):
         raw = float(raw)
     if isinstance(raw, hint) and not (hint is not bool and isinstance(raw, bool)):

@@ -11,7 +11,7 @@ from heal_jax.errors import RunError
 from heal_jax.model.decoder import Model
 from heal_jax.run import Run
 from heal_jax.store import DECISIONS, write_table
-from heal_jax.train.data import Example, bucket, fit, read_stage, write_stage
+from heal_jax.train.data import Example, fit, read_stage, row_length, write_stage
 from heal_jax.train.loop import Phase, stage_steps, train
 
 STAGES = (1, 2, 3)
@@ -128,7 +128,7 @@ def training_plan(run: Run) -> tuple[dict[str, list[Phase]], int, int]:
         distinct = tuple(joined[i] for i in pace.pool([e.tokens for e in joined]))
         heal.append(Phase("stage " + "+".join(str(i + 1) for i in group), distinct, n))
     baseline = [Phase("stage 1", tuple(stages[0]), spec.steps)] if stages[0] else []
-    length = bucket([e for stage in stages for e in stage])
+    length = row_length([e for stage in stages for e in stage])
     return {"heal": heal, "rejection_sampling": baseline}, length, dropped
 
 

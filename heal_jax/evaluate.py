@@ -1,6 +1,7 @@
 """Accuracy of teacher and students on held-out problems, with bootstrap intervals."""
 
 import dataclasses
+import functools
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -9,9 +10,11 @@ import numpy as np
 
 from heal_jax.curriculum import train_one, training_plan
 from heal_jax.model.lm import LanguageModel
-from heal_jax.rollout.generate import Group, Shape, bucket, generate
+from heal_jax.problems.sources import Problem
+from heal_jax.rollout.generate import Group, Shape, generate
 from heal_jax.rollout.sampling import rules
 from heal_jax.run import Run
+from heal_jax.shapes import bucket
 from heal_jax.store import EVALUATION, read_table
 
 MODELS = ("teacher", "student_base", "rejection_sampling", "heal")
@@ -35,47 +38,33 @@ def trained(run: Run, name: str) -> LanguageModel:
 
 
 def evaluate_one(run: Run, name: str) -> None:
-    spec, k = run.config.evaluate, run.config.evaluate.samples
-    lm: LanguageModel | None = None  # opened when the first shard is missing
+    spec, k, most = run.config.evaluate, run.config.evaluate.samples, run.config.sample.max_new_tokens
+    model = functools.cache(lambda: _model(run, name))  # opened by the first shard that is missing
     prompts = {p.id: tuple(run.student.tokenizer.prompt(p.question)) for p in run.held_out}
     width = bucket(max(map(len, prompts.values())))
-    shape = Shape(max(1, run.config.sample.batch // k), k, width, 0, run.config.sample.max_new_tokens)
+    shape = Shape(max(1, run.config.sample.batch // k), k, width, 0, most)
     drawn = rules(dataclasses.replace(run.config.sample, temperature=spec.temperature))
+
+    def samples(part: Sequence[Problem], tokens: list[int]) -> list[dict[str, Any]]:
+        lm = model()
+        with run.work("evaluate", tokens):
+            ids = {p.id: tuple(f"{p.id}/evaluate/{i}/s{run.config.seed}" for i in range(k)) for p in part}
+            groups = [Group(prompts[p.id], (), ids[p.id], most) for p in part]
+            decoded = [d for several in generate(lm, groups, shape, drawn) for d in several]
+            tokens.extend(len(d.tokens) for d in decoded)
+            owners = [p for p in part for _ in range(k)]
+            texts = [lm.tokenizer.text(list(d.tokens)) for d in decoded]
+            grades = run.grader.grade_many([(p, text, d.finish) for p, text, d in zip(owners, texts, decoded)])
+            return [
+                {"model": name, "problem_id": p.id, "sample": i % k, "tokens": d.tokens, "grade": grade.grade}
+                for i, (p, d, grade) in enumerate(zip(owners, decoded, grades))
+            ]
+
     total, correct, seen = -(-len(run.held_out) // shape.contexts), 0, 0
     for number in range(total):
         part = run.held_out[number * shape.contexts : (number + 1) * shape.contexts]
         tokens: list[int] = []
-        if lm is None and f"evaluation/{name}-{number:05d}" not in run.directory.manifest["shards"]:
-            lm = _model(run, name)
-
-        def make(part: Sequence[Any] = part, tokens: list[int] = tokens) -> list[dict[str, Any]]:
-            assert lm is not None
-            with run.work("evaluate", tokens):
-                groups = [
-                    Group(
-                        prompts[p.id],
-                        (),
-                        tuple(f"{p.id}/evaluate/{i}/s{run.config.seed}" for i in range(k)),
-                        run.config.sample.max_new_tokens,
-                    )
-                    for p in part
-                ]
-                decoded = [d for several in generate(lm, groups, shape, drawn) for d in several]
-                tokens.extend(len(d.tokens) for d in decoded)
-                owners = [p for p in part for _ in range(k)]
-                texts = [lm.tokenizer.text(list(d.tokens)) for d in decoded]
-                grades = run.grader.grade_many([(p, text, d.finish) for p, text, d in zip(owners, texts, decoded)])
-                return [
-                    {
-                        "model": name,
-                        "problem_id": p.id,
-                        "sample": i % k,
-                        "tokens": d.tokens,
-                        "grade": grade.grade,
-                    }
-                    for i, (p, d, grade) in enumerate(zip(owners, decoded, grades))
-                ]
-
+        make = functools.partial(samples, part, tokens)
         table, _ = run.directory.shard(f"evaluation/{name}-{number:05d}", make, EVALUATION)
         grades = table.column("grade").to_pylist()
         correct, seen = correct + grades.count("correct"), seen + len(grades)

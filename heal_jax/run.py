@@ -28,7 +28,7 @@ from heal_jax.model.tokenizer import Tokenizer
 from heal_jax.problems.grading import Grader
 from heal_jax.problems.sources import Problem, check_disjoint, load
 from heal_jax.progress import Progress
-from heal_jax.rollout.generate import bucket
+from heal_jax.shapes import bucket
 from heal_jax.store import RunDirectory, folder_sha256, write_text
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "tensorflow-datasets")

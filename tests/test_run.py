@@ -261,7 +261,10 @@ def test_your_own_problems(tmp_path):
     lines = [json.dumps({"question": question.format(*terms), "answer": sum(terms)}) for terms in pairs]
     problems.write_text("\n".join(lines) + "\n")
     out = tmp_path / "out"
-    process = start("sample", TINY, "--out", out, "--problems.source", f"jsonl:{problems}")
+    config = yaml.safe_load(TINY.read_text()) | {"problems": {"source": f"jsonl:{problems}"}}
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(config))
+    process = start("sample", path, "--out", out)
     _, stderr = process.communicate()
     assert process.returncode == 0, stderr
     rows = RunDirectory(out).rollouts("base").to_pylist()

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from heal_jax.errors import InputError
-from heal_jax.train.data import Example, batches, bucket, fit, read_stage, write_stage
+from heal_jax.train.data import Example, batches, fit, read_stage, row_length, write_stage
 
 
 def example(index: int, tokens: int = 6, prompt: int = 2) -> Example:
@@ -129,7 +129,7 @@ def test_the_mask_is_the_target_and_ignores_token_ids() -> None:
 @settings(max_examples=25, deadline=None)
 @given(st.lists(any_example(), min_size=1, max_size=9), st.integers(1, 5), st.integers(0, 2**32 - 1))
 def test_a_batch_holds_its_examples_and_padding_alone(examples: list[Example], rows: int, seed: int) -> None:
-    length = bucket(examples)
+    length = row_length(examples)
     expected = {(e.tokens, e.prompt_length) for e in examples}
     for tokens, mask in itertools.islice(batches(examples, rows, length, seed, 0), 4):
         assert tokens.shape == mask.shape == (rows, length)
@@ -169,7 +169,7 @@ def test_order_follows_from_the_seed_and_skipping_is_dropping() -> None:
 def test_lengths() -> None:
     kept, dropped = fit(EXAMPLES, 7)
     assert (kept, dropped) == (EXAMPLES[:4], 3)
-    assert [bucket([example(1, tokens=n)]) for n in (3, 32, 33, 64)] == [32, 32, 64, 64]
+    assert [row_length([example(1, tokens=n)]) for n in (3, 32, 33, 64)] == [32, 32, 64, 64]
     with pytest.raises(ValueError, match="longer than 9"):
         batches(EXAMPLES, 2, 9, 0, 0)
     with pytest.raises(ValueError, match="no examples"):

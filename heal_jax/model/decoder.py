@@ -44,7 +44,8 @@ def repeat_rows(cache: Cache, times: int) -> Cache:
 def attention(q: Array, k: Array, v: Array, mask: Array) -> Array:
     """Grouped-query attention with a float32 softmax.
 
-    q [B, H, T, E], k [B, K, E, S], v [B, K, S, E], mask [B, T, S] bool (True: may be attended to) -> [B, H, T, E] in q's dtype.
+    q [B, H, T, E], k [B, K, E, S], v [B, K, S, E], mask [B, T, S] bool (True: may be attended to)
+    -> [B, H, T, E] in q's dtype.
     A query that may attend to nothing gets the mean of v, never a NaN.
     """
     b, h, t, e = q.shape

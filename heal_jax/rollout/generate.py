@@ -13,8 +13,7 @@ from heal_jax.model.mesh import put_batch
 from heal_jax.rollout.decode import key_words, roll_out, score
 from heal_jax.rollout.sampling import Rule
 from heal_jax.rollout.steps import find_steps
-
-BUCKET = 32  # lengths are rounded up to multiples of this, so that few shapes are compiled
+from heal_jax.shapes import bucket
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,11 +47,6 @@ class Shape:
     context_length: int
     hint_length: int
     max_new: int
-
-
-def bucket(length: int) -> int:
-    """The next multiple of BUCKET, at least one."""
-    return max(1, -(-length // BUCKET)) * BUCKET
 
 
 def key_of(name: str) -> np.ndarray:

@@ -17,8 +17,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from heal_jax.errors import InputError
-
-BUCKET = 32  # lengths are multiples of this: few distinct programs, and a multiple of the vector units' lanes
+from heal_jax.shapes import bucket
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,12 +116,12 @@ def fit(examples: Sequence[Example], length: int) -> tuple[list[Example], int]:
     return kept, len(examples) - len(kept)
 
 
-def bucket(examples: Sequence[Example]) -> int:
+def row_length(examples: Sequence[Example]) -> int:
     """The smallest multiple of 32 that holds the longest example: one length, so one compilation, for a whole training.
 
     Raises ValueError without examples.
     """
-    return -(-max(len(example.tokens) for example in examples) // BUCKET) * BUCKET
+    return bucket(max(len(example.tokens) for example in examples))
 
 
 def batches(
