@@ -160,7 +160,9 @@ def failed_paths(run: Run) -> list[Path]:
         entropy[i, : len(row["entropy"])] = row["entropy"]
     steps = bucket(int(count.max(initial=1)))
     problems = [run.by_id[row["problem_id"]] for row in rows]
-    wrong = [first_wrong_step(p.question, row["text"]) or 0 for p, row in zip(problems, rows)]
+    wrong = [0] * len(rows)
+    if spec.breakpoint == "oracle":
+        wrong = [first_wrong_step(p.question, row["text"]) or 0 for p, row in zip(problems, rows)]
     breakpoint = gear.breakpoints(
         gear.step_entropy(jnp.asarray(entropy), jnp.asarray(index), steps),
         jnp.asarray(count),

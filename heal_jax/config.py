@@ -287,6 +287,8 @@ def validate(config: Config) -> None:
             raise InputError(f"gear.leak_patterns: {pattern!r} is not a regular expression ({error})") from None
     if any(share < 0 for share in config.pace.steps) or not math.isclose(sum(config.pace.steps), 1.0, abs_tol=1e-6):
         raise InputError(f"pace.steps: {list(config.pace.steps)}: three shares >= 0 that sum to 1 are expected")
+    if config.gear.breakpoint == "oracle" and not config.problems.source.startswith("world:"):
+        raise InputError("gear.breakpoint: oracle needs a step checker, which only world: problems have; use surge")
     if not config.grade.answer_open or not config.grade.answer_close:
         raise InputError("grade.answer_open and grade.answer_close: text that is not empty is expected")
 

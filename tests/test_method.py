@@ -104,6 +104,14 @@ def test_random_breakpoints_are_uniform_over_the_window_and_keyed():
     assert ((counts - expected) ** 2 / expected).sum() < 16.3  # chi-square, 3 degrees of freedom, 0.1 %
 
 
+def test_the_oracle_cuts_at_the_first_wrong_step():
+    k = gear.breakpoints(
+        jnp.zeros((4, K)), jnp.array([12, 12, 12, 2]), jnp.array([3, 3, 3, 1]), np.zeros((4, 2), np.uint32),
+        np.array([7, 0, 40, 5], np.int32), kind="oracle", surge_kind="difference",
+    )  # fmt: skip
+    assert k.tolist() == [7, 1, 11, 1]  # anywhere in the chain, never before step 1 or beyond the last
+
+
 @given(rollouts(), st.integers(0, 3), st.data())
 def test_kept_tokens_are_those_of_the_first_steps(rollout, backup, data):
     index, values = rollout
