@@ -1,10 +1,14 @@
 """The `heal` command. Errors are one line; exit status 2 for bad input, 1 for a failed run."""
 
+import contextlib
 import dataclasses
+import io
 import os
+import re
+import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -109,19 +113,19 @@ def _dispatch(argv: list[str]) -> int:
     elif command == "run" or command in STAGES:
         _stages(command, rest)
     elif command == "report":
-        report = tyro.cli(ReportArguments, prog="heal report", args=rest)
+        report = _parse(ReportArguments, command, rest)
         from heal_jax.report.page import write_report
 
         print(write_report(_run_directory(report.directory)))
     elif command == "show":
-        show = tyro.cli(ShowArguments, prog="heal show", args=rest)
+        show = _parse(ShowArguments, command, rest)
         from rich.console import Console
 
         from heal_jax.report.show import show as show_rollout
 
         show_rollout(_run_directory(show.directory), show.rollout_id, Console(highlight=False))
     elif command == "make-world":
-        world = tyro.cli(WorldArguments, prog="heal make-world", args=rest)
+        world = _parse(WorldArguments, command, rest)
         from heal_jax.world.make import make
 
         make(world.out)
@@ -133,6 +137,19 @@ def _dispatch(argv: list[str]) -> int:
         advice = f"did you mean {near[0]!r}?" if near else f"commands: {', '.join(known)}"
         raise InputError(f"{command}: no such command; {advice}")
     return 0
+
+
+def _parse(kind: type, command: str, argv: list[str], **settings: Any) -> Any:
+    """tyro's parser, its boxed complaints made one line. Raises InputError; SystemExit for --help."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(kind, prog=f"heal {command}", args=argv, **settings)
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        text = " ".join(re.sub(r"[^\x20-\x7e]", " ", said.getvalue()).split())
+        raise InputError(f"{command}: {re.sub(r'-{5,}', '', text)}") from None
 
 
 def _run_directory(folder: Path) -> Path:
@@ -150,16 +167,18 @@ def _stages(command: str, argv: list[str]) -> None:
     settings = load(path) if path is not None else Config()
     defaults = StageArguments(config=tyro.MISSING, out=tyro.MISSING, settings=settings)
     description = STAGES.get(command, "all stages")
-    arguments = tyro.cli(StageArguments, prog=f"heal {command}", args=argv, default=defaults, description=description)
+    arguments = _parse(StageArguments, command, argv, default=defaults, description=description)
 
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before jax, which reads it
-    from heal_jax.pipeline import run_stages
+    from heal_jax.pipeline import NEEDS, run_stages
     from heal_jax.progress import Progress
     from heal_jax.run import open_run
 
     with (
         Progress(quiet=arguments.quiet) as progress,
-        open_run(arguments.settings, arguments.out, progress) as opened,
+        open_run(
+            arguments.settings, arguments.out, progress, NEEDS.get(command, ()), shlex.join(["heal", command, *argv])
+        ) as opened,
     ):
         run_stages(opened, list(STAGES) if command == "run" else [command])
         if command == "run":

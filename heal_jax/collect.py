@@ -4,6 +4,7 @@ A shard is one batch; what is in it depends on the config alone.
 """
 
 import dataclasses
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -31,6 +32,8 @@ from heal_jax.shapes import bucket
 from heal_jax.store import PROBLEMS, write_table
 from heal_jax.world.check import first_wrong_step
 
+SCORE_ROWS = 48  # sequences scored together: many of a shard's are the same, so few are left
+
 
 @dataclasses.dataclass(frozen=True)
 class Made:
@@ -38,7 +41,6 @@ class Made:
 
     problem: Problem
     kind: str
-    prompt: tuple[int, ...]
     context: tuple[int, ...]
     decoded: Decoded
     kept: tuple[int, ...] = ()
@@ -53,17 +55,16 @@ class Made:
 
 def sample(run: Run) -> None:
     """`sample.n` unaided rollouts of each problem; then pass rates and strata, in problems.parquet."""
-    spec, lm = run.config.sample, run.teacher
-    prompts = {p.id: tuple(lm.tokenizer.prompt(p.question)) for p in run.problems}
-    shape = Shape(max(1, spec.batch // spec.n), spec.n, bucket(max(map(len, prompts.values()))), 0, spec.max_new_tokens)
+    spec = run.config.sample
+    shape = Shape(spec.batch // spec.n, spec.n, prompt_width(run), 0, spec.max_new_tokens)
 
     def group(problem: Problem) -> Group:
         ids = tuple(f"{problem.id}/base/{i}/s{run.config.seed}" for i in range(spec.n))
-        return Group(prompts[problem.id], (), ids, spec.max_new_tokens)
+        return Group(run.prompts[problem.id], (), ids, spec.max_new_tokens)
 
     correct: dict[str, int] = defaultdict(int)
-    for row in _shards(run, "base", run.problems, shape, group, lambda p: {"prompt": prompts[p.id]}, lambda p: p):
-        correct[row["problem_id"]] += row["grade"] == "correct"
+    for problem_id, grade in _shards(run, "base", run.problems, shape, group, lambda p: {}, lambda p: p):
+        correct[problem_id] += grade == "correct"
     strata = {p.id: stratum(correct[p.id], spec.n, run.config.gear.max_correct) for p in run.problems}
     rows = [
         {
@@ -79,24 +80,19 @@ def sample(run: Run) -> None:
 
 def hindsight(run: Run) -> None:
     """`hindsight.n` rollouts of each hard problem with the answer in the prompt."""
-    run.require("sample")
     spec, lm = run.config.sample, run.teacher
     strata = run.directory.manifest["stages"]["sample"]["strata"]
     hard = [p for p in run.problems if strata[p.id] != "solved"]
     # The width is that of all problems, so that which ones are hard does not change what is compiled.
     contexts = {p.id: tuple(lm.tokenizer.prompt(hindsight_question(run.config, p))) for p in run.problems}
     n = run.config.hindsight.n
-    shape = Shape(max(1, spec.batch // n), n, bucket(max(map(len, contexts.values()))), 0, spec.max_new_tokens)
+    shape = Shape(spec.batch // n, n, bucket(max(map(len, contexts.values()))), 0, spec.max_new_tokens)
 
     def group(problem: Problem) -> Group:
         ids = tuple(f"{problem.id}/hindsight/{i}/s{run.config.seed}" for i in range(n))
         return Group(contexts[problem.id], (), ids, spec.max_new_tokens)
 
-    def made(problem: Problem) -> dict[str, Any]:
-        return {"prompt": tuple(lm.tokenizer.prompt(problem.question))}
-
-    for _ in _shards(run, "hindsight", hard, shape, group, made, lambda p: p):
-        pass
+    _shards(run, "hindsight", hard, shape, group, lambda p: {}, lambda p: p)
     run.directory.finish("hindsight", problems=len(hard))
 
 
@@ -112,32 +108,28 @@ class Path:
 
 def repair(run: Run) -> None:
     """GEAR: `gear.repairs` continuations of each of the first `gear.paths` distinct failures of unsolved problems."""
-    run.require("sample")
     config, lm = run.config, run.teacher
     spec, n = config.sample, config.gear.repairs
     paths = failed_paths(run)
-    prompts = {p.id: tuple(lm.tokenizer.prompt(p.question)) for p in run.problems}
     hints = {p.id: tuple(lm.tokenizer.encode(hint_text(config, p))) for p in run.problems}
-    width = bucket(max(map(len, prompts.values())) + max((path.kept for path in paths), default=0))
+    width = bucket(max(map(len, run.prompts.values())) + max((path.kept for path in paths), default=0))
     hint_width = bucket(max(map(len, hints.values())))
-    shape = Shape(max(1, spec.batch // n), n, width, hint_width, spec.max_new_tokens)
+    shape = Shape(spec.batch // n, n, width, hint_width, spec.max_new_tokens)
 
     def kept(path: Path) -> tuple[int, ...]:
         return tuple(path.row["tokens"][: path.kept])
 
     def group(path: Path) -> Group:
-        stem, _, seed = path.row["rollout_id"].rpartition("/")
-        ids = tuple(f"{stem.replace('/base/', '/repair/')}.{i}/{seed}" for i in range(n))
+        parent = path.row["rollout_id"].split("/")[-2]  # its index
+        ids = tuple(f"{path.problem.id}/repair/{parent}.{i}/s{config.seed}" for i in range(n))
         budget = spec.max_new_tokens - path.kept
-        return Group(prompts[path.problem.id] + kept(path), hints[path.problem.id], ids, budget)
+        return Group(run.prompts[path.problem.id] + kept(path), hints[path.problem.id], ids, budget)
 
     def made(path: Path) -> dict[str, Any]:
         step = None if path.breakpoint == gear.NONE else path.breakpoint
-        parent = {"parent_id": path.row["rollout_id"], "breakpoint_step": step}
-        return {"prompt": prompts[path.problem.id], "kept": kept(path), **parent}
+        return {"kept": kept(path), "parent_id": path.row["rollout_id"], "breakpoint_step": step}
 
-    for _ in _shards(run, "repair", paths, shape, group, made, lambda path: path.problem):
-        pass
+    _shards(run, "repair", paths, shape, group, made, lambda path: path.problem)
     run.directory.finish("repair", paths=len(paths))
 
 
@@ -146,7 +138,8 @@ def failed_paths(run: Run) -> list[Path]:
     spec = run.config.gear
     strata = run.directory.manifest["stages"]["sample"]["strata"]
     chosen: dict[str, dict[tuple[int, ...], dict[str, Any]]] = defaultdict(dict)
-    for row in run.directory.rollouts("base").to_pylist():
+    columns = ["rollout_id", "problem_id", "grade", "tokens", "entropy", "text"]
+    for row in run.directory.rollouts("base").select(columns).to_pylist():
         found = chosen[row["problem_id"]]
         if strata[row["problem_id"]] == "unsolved" and row["grade"] != "correct" and len(found) < spec.paths:
             found.setdefault(tuple(row["tokens"]), row)
@@ -154,7 +147,7 @@ def failed_paths(run: Run) -> list[Path]:
     if not rows:
         return []
     width = bucket(run.config.sample.max_new_tokens)
-    index, starts, count = split_steps(run.teacher, [row["tokens"] for row in rows], width)
+    index, starts, count = split_steps(run.teacher, [thinking_part(run, row["tokens"]) for row in rows], width)
     entropy = np.zeros((len(rows), width), np.float32)
     for i, row in enumerate(rows):
         entropy[i, : len(row["entropy"])] = row["entropy"]
@@ -176,6 +169,11 @@ def failed_paths(run: Run) -> list[Path]:
     return [Path(*item) for item in zip(problems, rows, map(int, breakpoint), map(int, kept))]
 
 
+def prompt_width(run: Run) -> int:
+    """The static width of plain prompts."""
+    return bucket(max(map(len, run.prompts.values())))
+
+
 def _shards(
     run: Run,
     kind: str,
@@ -184,32 +182,34 @@ def _shards(
     group: Callable[[Any], Group],
     made: Callable[[Any], dict[str, Any]],
     problem: Callable[[Any], Problem],
-) -> list[dict[str, Any]]:
-    """Make the missing shards of a stage, `shape.contexts` units each, and return every row."""
+) -> list[tuple[str, str]]:
+    """Make the missing shards of a stage, `shape.contexts` units each; problem id and grade of every rollout."""
     drawn = rules(run.config.sample)
-    rows: list[dict[str, Any]] = []
+    stage = {"base": "sample"}.get(kind, kind)
+    graded: list[tuple[str, str]] = []
     correct, total = 0, -(-len(units) // shape.contexts)
+
+    def make(part: Sequence[Any], tokens: list[int]) -> list[dict[str, Any]]:
+        with run.work(stage, tokens):
+            groups = [group(unit) for unit in part]
+            several = generate(run.teacher, groups, shape, drawn)
+            made_rollouts = [
+                Made(problem(unit), kind, g.context + g.hint, decoded, **made(unit))
+                for unit, g, of_group in zip(part, groups, several)
+                for decoded in of_group
+            ]
+            tokens.extend(len(m.decoded.tokens) for m in made_rollouts)
+            return records(run, made_rollouts)
+
     for number in range(total):
-        part = units[number * shape.contexts : (number + 1) * shape.contexts]
-        tokens: list[int] = []
-
-        def make(part: Sequence[Any] = part, tokens: list[int] = tokens) -> list[dict[str, Any]]:
-            with run.work(kind, tokens):
-                groups = [group(unit) for unit in part]
-                made_rollouts = [
-                    Made(problem(unit), kind, context=g.context + g.hint, decoded=decoded, **made(unit))
-                    for unit, g, several in zip(part, groups, generate(run.teacher, groups, shape, drawn))
-                    for decoded in several
-                ]
-                tokens.extend(len(m.decoded.tokens) for m in made_rollouts)
-                return records(run, made_rollouts)
-
-        table, _ = run.directory.shard(f"rollouts/{kind}-{number:05d}", make)
-        rows += table.to_pylist()
-        correct = sum(row["grade"] == "correct" for row in rows)
-        note = f"{len(rows)} rollouts, {correct / max(1, len(rows)):.0%} correct"
-        run.progress.update(kind, number + 1, total, note, sum(tokens))
-    return rows
+        part, tokens = units[number * shape.contexts : (number + 1) * shape.contexts], list[int]()
+        table, _ = run.directory.shard(f"rollouts/{kind}-{number:05d}", functools.partial(make, part, tokens))
+        new = list(zip(table["problem_id"].to_pylist(), table["grade"].to_pylist()))
+        graded += new
+        correct += sum(grade == "correct" for _, grade in new)
+        note = f"{len(graded)} rollouts, {correct / len(graded):.0%} correct"
+        run.progress.update(stage, number + 1, total, note, sum(tokens))
+    return graded
 
 
 def records(run: Run, made: Sequence[Made]) -> list[dict[str, Any]]:
@@ -233,7 +233,7 @@ def records(run: Run, made: Sequence[Made]) -> list[dict[str, Any]]:
                 "parent_id": m.parent_id,
                 "breakpoint_step": m.breakpoint_step,
                 "kept_tokens": len(m.kept) if repaired else None,
-                "prompt_tokens": m.prompt,
+                "prompt_tokens": run.prompts[m.problem.id],
                 "tokens": m.tokens,
                 "context_tokens": m.context,
                 "entropy": m.decoded.entropy,
@@ -253,11 +253,11 @@ def records(run: Run, made: Sequence[Made]) -> list[dict[str, Any]]:
 
 
 def thinking_part(run: Run, tokens: Sequence[int]) -> list[int]:
-    """The tokens whose steps count: those before `grade.think_end`, all where it is not set or not there."""
+    """The tokens whose steps count: those before the last `grade.think_end`, all where it is not set or not there."""
     end = run.config.grade.think_end
     if end:
         spans = run.teacher.tokenizer.spans(list(tokens))
-        at = "".join(text for text, _ in spans).find(end)
+        at = "".join(text for text, _ in spans).rfind(end)
         if at >= 0:
             return [t for t, (_, start) in zip(tokens, spans) if start < at]
     return list(tokens)
@@ -284,20 +284,15 @@ def _pure(
     lm, spec, width = run.teacher, run.config.pure, index.shape[1]
     chosen = [i for i, m in enumerate(made) if m.kind == "base" or grades[i] == "correct"]
     aided = [i for i in chosen if made[i].kind != "base"]
-    prompt_width = bucket(max((len(m.prompt) for m in made), default=1))
-    rescored = dict(
-        zip(
-            aided,
-            score_sequences(lm, [made[i].prompt + made[i].tokens for i in aided], prompt_width + width, rows=48),
-        )
-    )
+    sequences = [run.prompts[made[i].problem.id] + made[i].tokens for i in aided]
+    rescored = dict(zip(aided, score_sequences(lm, sequences, prompt_width(run) + width, rows=SCORE_ROWS)))
     logprob, entropy = np.zeros(index.shape, np.float32), np.zeros(index.shape, np.float32)
     steps = np.full(index.shape, -1, np.int32)
     for i in chosen:
         m = made[i]
         n, text = len(m.tokens), len(lm.tokenizer.without_eos(list(m.tokens)))
         if i in rescored:
-            logprob[i, :n], entropy[i, :n] = (x[len(m.prompt) :] for x in rescored[i])
+            logprob[i, :n], entropy[i, :n] = (x[len(run.prompts[m.problem.id]) :] for x in rescored[i])
         else:
             logprob[i, :n], entropy[i, :n] = m.decoded.logprob, m.decoded.entropy
         steps[i] = scored_steps(index[i], answer_tokens(run, m), len(m.kept), text)

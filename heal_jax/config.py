@@ -9,7 +9,6 @@ import dataclasses
 import difflib
 import math
 import re
-import types
 import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -33,9 +32,7 @@ class Range:
         return " and ".join(part for part in (low, high) if part)
 
     def holds(self, value: float) -> bool:
-        if isinstance(value, float) and math.isnan(value):
-            return False
-        return (
+        return math.isfinite(value) and (
             (self.ge is None or value >= self.ge)
             and (self.gt is None or value > self.gt)
             and (self.le is None or value <= self.le)
@@ -46,6 +43,18 @@ Count = Annotated[int, Range(ge=1)]
 Share = Annotated[float, Range(ge=0.0, le=1.0)]
 Positive = Annotated[float, Range(gt=0.0)]
 NonNegative = Annotated[float, Range(ge=0.0)]
+Seed = Annotated[int, Range(ge=0)]
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that refuses a key given twice, where plain YAML lets the last one win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise InputError(f"{key}: given twice (line {node.start_mark.line + 1} on); keep one")
+        return super().construct_mapping(node, deep)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +91,7 @@ class ProblemSpec:
     """world: problems of each level, such as {easy: 60, medium: 80, hard: 60}."""
     limit: Annotated[int, Range(ge=0)] = 0
     """rg, jsonl: at most this many problems; 0 takes all (rg: 100)."""
-    seed: int = 0
+    seed: Seed = 0
     """world, rg: which problems the generator makes; apart from the run's seed so that seeds share problems."""
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     """rg: the family's own configuration."""
@@ -105,7 +114,8 @@ class SampleSpec:
     max_new_tokens: Count = 128
     """A rollout that reaches this length is truncated; 128 holds the built-in world's longest solution (124)."""
     batch: Count = 240
-    """Rows decoded together; a multiple of n keeps a problem's rollouts in one batch. Part of what fixes the bytes."""
+    """Rows decoded together, at least the rollouts of one problem or path (sample.n, hindsight.n, gear.repairs,
+    evaluate.samples). Part of what fixes the bytes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,7 +195,7 @@ class TrainSpec:
     clip_norm: Positive = 1.0
     """Global gradient norm."""
     max_tokens: Count = 256
-    """Longest example, prompt included; longer ones are left out and counted."""
+    """Longest example, prompt included; longer ones are left out, with that reason in decisions.parquet."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,7 +231,7 @@ class EvaluateSpec:
     samples: Count = 4
     """pass@1 is the mean over this many samples a problem."""
     temperature: NonNegative = 1.0
-    """Students are judged by what they sample; 0 for greedy (with samples 1)."""
+    """Students are judged by what they sample; 0 for greedy (with samples 1). top_k, top_p, min_p are sample's."""
     resamples: Count = 2000
     """Bootstrap resamples of problems for the 95 % intervals; the interval's ends move by less than 0.2 points."""
 
@@ -230,7 +240,7 @@ class EvaluateSpec:
 class Config:
     """Everything that decides what a run computes."""
 
-    seed: int = 0
+    seed: Seed = 0
     """Every random draw follows from it."""
     teacher: ModelSpec = ModelSpec("builtin:teacher")
     student: ModelSpec = ModelSpec("builtin:student")
@@ -257,13 +267,11 @@ def load(path: str | Path) -> Config:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read as text ({error})") from None
     try:
-        raw = yaml.safe_load(text)
+        raw = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if raw is None:
-        raw = {}
     try:
-        config = _build(Config, raw, "")
+        config = _build_dataclass(Config(), {} if raw is None else raw, "")
         validate(config)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
@@ -287,6 +295,12 @@ def validate(config: Config) -> None:
             raise InputError(f"gear.leak_patterns: {pattern!r} is not a regular expression ({error})") from None
     if any(share < 0 for share in config.pace.steps) or not math.isclose(sum(config.pace.steps), 1.0, abs_tol=1e-6):
         raise InputError(f"pace.steps: {list(config.pace.steps)}: three shares >= 0 that sum to 1 are expected")
+    most = max(config.sample.n, config.hindsight.n, config.gear.repairs, config.evaluate.samples)
+    if config.sample.batch < most:
+        raise InputError(
+            f"sample.batch: {config.sample.batch} is out of range, allowed: >= {most} "
+            "(the largest of sample.n, hindsight.n, gear.repairs, evaluate.samples)"
+        )
     if config.gear.breakpoint == "oracle" and not config.problems.source.startswith("world:"):
         raise InputError("gear.breakpoint: oracle needs a step checker, which only world: problems have; use surge")
     if not config.grade.answer_open or not config.grade.answer_close:
@@ -333,8 +347,6 @@ def _build(hint: Any, raw: Any, path: str) -> Any:
     """Turn YAML data into a value of the hinted type, or raise InputError with the path."""
     if typing.get_origin(hint) is Annotated:
         return _build(typing.get_args(hint)[0], raw, path)
-    if dataclasses.is_dataclass(hint):
-        return _build_dataclass(typing.cast(type, hint), raw, path)
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         if raw in args and isinstance(raw, str):
@@ -350,8 +362,6 @@ def _build(hint: Any, raw: Any, path: str) -> Any:
         if not isinstance(raw, dict):
             raise InputError(f"{path}: {raw!r} is not a mapping")
         return {_build(args[0], key, path): _build(args[1], item, _join(path, str(key))) for key, item in raw.items()}
-    if origin in (typing.Union, types.UnionType):
-        return None if raw is None else _build(next(a for a in args if a is not type(None)), raw, path)
     if hint is Any:
         return raw
     return _scalar(hint, raw, path)
@@ -369,14 +379,22 @@ def _scalar(hint: type, raw: Any, path: str) -> Any:
     raise InputError(f"{path}: {raw!r} is not {names[hint]}")
 
 
-def _build_dataclass(kind: type, raw: Any, path: str) -> Any:
+def _build_dataclass(default: Any, raw: Any, path: str) -> Any:
+    """`default` with the fields that `raw` gives: what is left out keeps the default of where it stands."""
     if not isinstance(raw, dict):
         raise InputError(f"{path or 'config'}: {raw!r} is not a mapping of field: value")
-    hints = typing.get_type_hints(kind, include_extras=True)
-    fields = {field.name: field for field in dataclasses.fields(kind)}
+    hints = typing.get_type_hints(type(default), include_extras=True)
+    fields = [field.name for field in dataclasses.fields(default)]
+    given = {}
     for key in raw:
         if key not in fields:
             near = difflib.get_close_matches(str(key), fields, n=1)
             advice = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(fields)}"
             raise InputError(f"{_join(path, str(key))}: unknown key, {advice}")
-    return kind(**{name: _build(hints[name], item, _join(path, name)) for name, item in raw.items()})
+        value, where = getattr(default, key), _join(path, key)
+        given[key] = (
+            _build_dataclass(value, raw[key], where)
+            if dataclasses.is_dataclass(value)
+            else _build(hints[key], raw[key], where)
+        )
+    return dataclasses.replace(default, **given)

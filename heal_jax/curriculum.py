@@ -7,20 +7,19 @@ from collections import Counter
 from typing import Any
 
 from heal_jax import pace
-from heal_jax.errors import RunError
+from heal_jax.errors import InputError, RunError
 from heal_jax.model.decoder import Model
 from heal_jax.run import Run
 from heal_jax.store import DECISIONS, write_table
-from heal_jax.train.data import Example, fit, read_stage, row_length, write_stage
+from heal_jax.train.data import Example, read_stage, row_length, write_stage
 from heal_jax.train.loop import Phase, stage_steps, train
 
-STAGES = (1, 2, 3)
-MODELS = ("heal", "rejection_sampling")
+PACE_STAGES = (1, 2, 3)
+STUDENTS = ("heal", "rejection_sampling")
 
 
 def curate(run: Run) -> None:
     """PURE and PACE: a decision for every rollout in decisions.parquet, the stages as datasets in curriculum/."""
-    run.require("sample", "hindsight", "repair")
     config, tokenizer = run.config, run.teacher.tokenizer
     strata = run.directory.manifest["stages"]["sample"]["strata"]
     patterns = [re.compile(pattern) for pattern in config.gear.leak_patterns]
@@ -41,9 +40,11 @@ def curate(run: Run) -> None:
                     score=row["pure_score"],
                 )
             )
-        decisions = pace.curate(candidates, strata, config.pure.threshold, config.pace.per_problem)
+        decisions = pace.curate(
+            candidates, strata, config.pure.threshold, config.pace.per_problem, config.train.max_tokens
+        )
         write_table(run.root / "decisions.parquet", [dataclasses.asdict(d) for d in decisions], DECISIONS)
-        stages: dict[int, list[Example]] = {stage: [] for stage in STAGES}
+        stages: dict[int, list[Example]] = {stage: [] for stage in PACE_STAGES}
         for row, candidate, decision in zip(rows, candidates, decisions):
             if decision.kept:
                 example = Example(
@@ -87,7 +88,7 @@ def _counts(kind: str, candidates: list[pace.Candidate], decisions: list[pace.De
         "problems_kept": len({c.problem_id for c in kept}),
         "candidates": len(pairs),
         "correct": sum(c.grade == "correct" for c, _ in pairs),
-        "leaked": sum(c.leaked for c, _ in pairs),
+        "leaked": reasons["talks"],
         "kept": len(kept),
         "duplicates": reasons["same"],
     }
@@ -95,23 +96,24 @@ def _counts(kind: str, candidates: list[pace.Candidate], decisions: list[pace.De
 
 def train_students(run: Run) -> None:
     """HEAL's student through the curriculum, and the rejection-sampling student on stage 1 for as many steps."""
-    run.require("curate")
-    phases, length, dropped = training_plan(run)
-    for name in MODELS:
+    phases, length = training_plan(run)
+    for name in STUDENTS:
         train_one(run, name, phases[name], length)
-    run.directory.finish("train", length=length, dropped=dropped, **{name: _account(phases[name]) for name in MODELS})
+    run.directory.finish("train", length=length, **{name: _account(phases[name]) for name in STUDENTS})
 
 
-def training_plan(run: Run) -> tuple[dict[str, list[Phase]], int, int]:
-    """Phases of both students, the common row length, and how many examples were too long."""
-    spec = run.config.train
+def training_plan(run: Run) -> tuple[dict[str, list[Phase]], int]:
+    """Phases of both students, and the common row length in tokens.
+
+    Raises InputError where a stage on disk is not what `curate` wrote, RunError where all are empty.
+    """
+    spec, recorded = run.config.train, run.directory.manifest["stages"]["curate"]["stages"]
     stages: list[list[Example]] = []
-    dropped = 0
-    for stage in STAGES:
+    for stage in PACE_STAGES:
         folder = run.root / "curriculum" / f"stage{stage}"
-        kept, over = fit(read_stage(folder), spec.max_tokens) if folder.is_dir() else ([], 0)
-        stages.append(kept)
-        dropped += over
+        stages.append(read_stage(folder) if folder.is_dir() else [])
+        if len(stages[-1]) != (wanted := recorded[str(stage)]["examples"]):
+            raise InputError(f"{folder}: holds {len(stages[-1])} examples, not the {wanted} written; use another --out")
     if not any(stages):
         raise RunError(f"{run.root}: no training example was kept; see decisions.parquet for the reasons")
     order = run.config.pace.order
@@ -129,7 +131,7 @@ def training_plan(run: Run) -> tuple[dict[str, list[Phase]], int, int]:
         heal.append(Phase("stage " + "+".join(str(i + 1) for i in group), distinct, n))
     baseline = [Phase("stage 1", tuple(stages[0]), spec.steps)] if stages[0] else []
     length = row_length([e for stage in stages for e in stage])
-    return {"heal": heal, "rejection_sampling": baseline}, length, dropped
+    return {"heal": heal, "rejection_sampling": baseline}, length
 
 
 def train_one(run: Run, name: str, phases: list[Phase], length: int) -> Model:

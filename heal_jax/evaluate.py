@@ -25,7 +25,6 @@ def evaluate(run: Run) -> None:
 
     All models get the same random keys, so that their differences are less noisy than their accuracies.
     """
-    run.require("train")
     for model in MODELS:
         evaluate_one(run, model)
     run.directory.finish("evaluate", samples=run.config.evaluate.samples)
@@ -33,7 +32,7 @@ def evaluate(run: Run) -> None:
 
 def trained(run: Run, name: str) -> LanguageModel:
     """A student after training, from its checkpoint."""
-    phases, length, _ = training_plan(run)
+    phases, length = training_plan(run)
     return run.student.with_params(train_one(run, name, phases[name], length))
 
 
@@ -42,7 +41,7 @@ def evaluate_one(run: Run, name: str) -> None:
     model = functools.cache(lambda: _model(run, name))  # opened by the first shard that is missing
     prompts = {p.id: tuple(run.student.tokenizer.prompt(p.question)) for p in run.held_out}
     width = bucket(max(map(len, prompts.values())))
-    shape = Shape(max(1, run.config.sample.batch // k), k, width, 0, most)
+    shape = Shape(run.config.sample.batch // k, k, width, 0, most)
     drawn = rules(dataclasses.replace(run.config.sample, temperature=spec.temperature))
 
     def samples(part: Sequence[Problem], tokens: list[int]) -> list[dict[str, Any]]:

@@ -27,7 +27,6 @@ TOKENIZER_FILES = (
 
 def export(run: Run) -> None:
     """The student after HEAL into DIR/export."""
-    run.require("train")
     with run.work("export"):
         save(trained(run, "heal"), run.root / "export")
     run.directory.finish("export")

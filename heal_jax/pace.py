@@ -43,15 +43,16 @@ def stratum(correct: int, n: int, max_correct: int) -> str:
 
 
 def curate(
-    candidates: Sequence[Candidate], strata: dict[str, str], threshold: float, per_problem: int
+    candidates: Sequence[Candidate], strata: dict[str, str], threshold: float, per_problem: int, max_tokens: int
 ) -> list[Decision]:
     """A decision and its reason for every candidate, in the order given.
 
     Stage 1: correct base rollouts. Stage 2: correct hindsight rollouts of hard problems that PURE keeps. Stage 3:
     correct repairs of unsolved problems that PURE keeps. Identical sequences count once in a stage (and once in what a
-    phase trains on: `pool`), and of each problem at most `per_problem` a stage, the lowest S first, stage 1 by index.
+    phase trains on: `pool`), those longer than `max_tokens` not at all, and of each problem at most `per_problem` a
+    stage, the lowest S first, stage 1 by index.
     """
-    refused = {c.rollout_id: reason for c in candidates if (reason := _refusal(c, strata, threshold))}
+    refused = {c.rollout_id: reason for c in candidates if (reason := _refusal(c, strata, threshold, max_tokens))}
     passed = [c for c in candidates if c.rollout_id not in refused]
 
     def order(c: Candidate) -> tuple[int, float, int]:
@@ -80,12 +81,14 @@ def curate(
     ]
 
 
-def _refusal(c: Candidate, strata: dict[str, str], threshold: float) -> str:
+def _refusal(c: Candidate, strata: dict[str, str], threshold: float, max_tokens: int) -> str:
     """Why a candidate cannot be in its stage; empty where it can."""
     if c.grade != "correct":
         return c.grade
     if c.leaked:
         return "talks about the hint"
+    if len(c.sequence) > max_tokens:
+        return f"longer than {max_tokens} tokens"
     if c.kind == "base":
         return ""
     stratum = strata[c.problem_id]

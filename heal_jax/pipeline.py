@@ -21,12 +21,25 @@ STAGES: dict[str, Callable[[Run], None]] = {
 }
 
 
+NEEDS = {
+    "hindsight": ("sample",),
+    "repair": ("sample",),
+    "curate": ("sample", "hindsight", "repair"),
+    "train": ("curate",),
+    "evaluate": ("train",),
+    "export": ("train",),
+}
+
+
 def run_stages(run: Run, names: list[str]) -> None:
-    """Do the named stages that are not done yet; summary and report after each."""
+    """Do the named stages that are not done yet; summary and report after each, and at the end in any case."""
     for name in names:
         if run.directory.done(name) is None:
             STAGES[name](run)
-            summarise(run)
-            write_report(run.root)
+            if name != names[-1]:
+                summarise(run)
+                write_report(run.root)
         else:
             run.progress.say(f"{name:<10} done before")
+    summarise(run)
+    write_report(run.root)

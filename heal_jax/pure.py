@@ -31,10 +31,10 @@ def scored_steps(step_index: np.ndarray, answer: tuple[int, int] | None, kept: i
     vanishes: the numbers are dense.
     """
     at = np.arange(len(step_index))
-    # A step is scored when it starts at or after the cut; cuts lie between steps. Tokens of no step (those after a
-    # thinking part) are not scored, but for the answer.
+    # A step is scored when it starts at or after the cut: a continuation may begin with what still belongs to the kept
+    # prefix's last step (white space). Tokens of no step (after a thinking part) are scored only in the answer.
     inside = (at >= kept) & (at < length)
-    raw = np.where(inside, step_index, -1)
+    raw = np.where(inside & (step_index > (step_index[kept - 1] if kept else -1)), step_index, -1)
     if answer is not None:
         raw = np.where(inside & (at >= answer[0]) & (at < answer[1]), np.iinfo(np.int32).max, raw)
     present = np.unique(raw[raw >= 0])

@@ -9,22 +9,24 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import yaml
 
 from heal_jax import __version__
 from heal_jax.config import Config, dump, flatten, to_dict, validate
+from heal_jax.config import load as load_config
 from heal_jax.errors import InputError, RunError
 from heal_jax.model.config import decoder_config
 from heal_jax.model.lm import LanguageModel, open_model, open_tokenizer, resolve
 from heal_jax.model.mesh import make_mesh
 from heal_jax.model.tokenizer import Tokenizer
+from heal_jax.model.weights import check as check_weights
 from heal_jax.problems.grading import Grader
 from heal_jax.problems.sources import Problem, check_disjoint, load
 from heal_jax.progress import Progress
@@ -45,14 +47,11 @@ class Run:
     held_out: list[Problem]
     grader: Grader
     progress: Progress
+    mesh: jax.sharding.Mesh
 
     @property
     def root(self) -> Path:
         return self.directory.root
-
-    @functools.cached_property
-    def mesh(self) -> jax.sharding.Mesh:
-        return make_mesh(dataclasses.asdict(self.config.mesh))
 
     @functools.cached_property
     def teacher(self) -> LanguageModel:
@@ -65,13 +64,13 @@ class Run:
 
     @functools.cached_property
     def by_id(self) -> dict[str, Problem]:
-        return {problem.id: problem for problem in (*self.problems, *self.held_out)}
+        """The training problems."""
+        return {problem.id: problem for problem in self.problems}
 
-    def require(self, *stages: str) -> None:
-        """Raises InputError where an earlier stage has not finished."""
-        for stage in stages:
-            if self.directory.done(stage) is None:
-                raise InputError(f"{self.root}: stage {stage} has not finished; run `heal {stage}` or `heal run` first")
+    @functools.cached_property
+    def prompts(self) -> dict[str, tuple[int, ...]]:
+        """The plain prompt of each training problem."""
+        return {problem.id: tuple(self.teacher.tokenizer.prompt(problem.question)) for problem in self.problems}
 
     @contextlib.contextmanager
     def work(self, stage: str, tokens: list[int] | None = None) -> Iterator[None]:
@@ -94,21 +93,26 @@ class Run:
 
 
 @contextlib.contextmanager
-def open_run(config: Config, out: Path, progress: Progress) -> Iterator[Run]:
+def open_run(
+    config: Config, out: Path, progress: Progress, needs: Sequence[str] = (), command: str = ""
+) -> Iterator[Run]:
     """Check everything, then create or reopen the directory.
 
-    Raises InputError, with nothing written, for a bad config, problem file or model folder, problems that are also
-    held out, prompts too long for a model, too little disk, and a directory made with another config.
+    `needs` are stages that must have finished. Raises InputError, with nothing written, for a bad config, problem file
+    or model folder, problems that are also held out, prompts too long for a model, too little disk, a stage that must
+    come first, and a directory made with another config.
     """
     validate(config)
     problems = load(config.problems, config.grade.by)
-    held_out = load(config.evaluate.problems, config.grade.by)
+    held_out = load(config.evaluate.problems, config.grade.by, "evaluate.problems")
     check_disjoint(problems, held_out)
-    teacher, student = resolve(config.teacher), resolve(config.student)
-    tokenizer = open_tokenizer(teacher)
-    _same_vocabulary(tokenizer, open_tokenizer(student))
-    _fits(config, tokenizer, [*problems, *held_out], (teacher, student))
-    directory = RunDirectory(out)
+    mesh = make_mesh(dataclasses.asdict(config.mesh))
+    folders = {"teacher": resolve(config.teacher), "student": resolve(config.student)}
+    tokenizer = open_tokenizer(folders["teacher"])
+    _same_prompts_and_ids(tokenizer, open_tokenizer(folders["student"]), problems[0].question)
+    _fits(config, tokenizer, [*problems, *held_out], list(folders.values()))
+    for folder in dict.fromkeys(folders.values()):
+        check_weights(folder)
     facts = {
         "models": {
             name: {
@@ -116,32 +120,34 @@ def open_run(config: Config, out: Path, progress: Progress) -> Iterator[Run]:
                 "sha256": folder_sha256(folder),
                 "vocab_size": decoder_config(folder).vocab_size,
             }
-            for name, folder in (("teacher", teacher), ("student", student))
+            for name, folder in folders.items()
         },
         "problems": _hash([(p.id, p.question, p.answer) for p in (*problems, *held_out)]),
     }
-    _same_as_before(config, directory, facts)
-    parent = next(p for p in (out, *out.absolute().parents) if p.exists())
-    if not os.access(parent, os.W_OK) or (out.exists() and not out.is_dir()):
-        raise InputError(f"{out}: cannot be written; give another --out")
-    if (free := shutil.disk_usage(parent).free) < FREE_BYTES:
-        raise InputError(f"{out}: {free >> 20} MiB of disk are free, {FREE_BYTES >> 20} are wanted; free some space")
+    _reopen(config, out, facts, needs)
+    _writable(out)
     out.mkdir(parents=True, exist_ok=True)
     with _lock(out), Grader(config.grade) as grader:
+        directory = _reopen(config, out, facts, needs)  # again: another process may have worked in it until now
         if not (out / "config.yaml").is_file():
             write_text(out / "config.yaml", dump(config))
-        run = Run(config, directory, problems, held_out, grader, progress)
-        directory.update(
-            heal_jax=__version__,
-            versions={name: importlib.metadata.version(name) for name in PACKAGES},
-            python=platform.python_version(),
-            device={"kind": jax.devices()[0].device_kind, "count": jax.device_count(), "processor": _processor()},
-            mesh=dict(run.mesh.shape),
-            threads=int(os.environ.get("NPROC", os.cpu_count() or 1)),
-            seeds={"run": config.seed, "problems": config.problems.seed, "evaluate": config.evaluate.problems.seed},
-            **facts,
-        )
-        yield run
+        circumstances = {
+            "heal_jax": __version__,
+            "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+            "python": platform.python_version(),
+            "device": {"kind": jax.devices()[0].device_kind, "count": jax.device_count(), "processor": _processor()},
+            "mesh": dict(mesh.shape),
+            "threads": int(os.environ.get("NPROC", os.cpu_count() or 1)),
+        }
+        begun = {name: directory.manifest[name] for name in circumstances if name in directory.manifest}
+        if not begun:
+            seeds = {"run": config.seed, "problems": config.problems.seed, "evaluate": config.evaluate.problems.seed}
+            directory.update(**circumstances, seeds=seeds, command=command, **facts)
+        elif begun != circumstances:
+            changed = [name for name in circumstances if begun.get(name) != circumstances[name]]
+            progress.say(f"note: {', '.join(changed)} differ from when {out} was begun; the bytes may, too")
+            directory.update(also=[*directory.manifest.get("also", []), circumstances])
+        yield Run(config, directory, problems, held_out, grader, progress, mesh)
 
 
 def _hash(data: Any) -> str:
@@ -158,15 +164,30 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _same_vocabulary(teacher: Tokenizer, student: Tokenizer) -> None:
-    if teacher.hf.get_vocab() != student.hf.get_vocab() or teacher.eos_ids != student.eos_ids:
-        raise InputError(
-            f"{teacher.folder} and {student.folder}: teacher and student must share vocabulary and EOS; "
-            "use a student of the teacher's family"
-        )
+def _same_prompts_and_ids(teacher: Tokenizer, student: Tokenizer, question: str) -> None:
+    """The student trains on the teacher's token ids: vocabulary, EOS and prompts must be the same."""
+    pairs = {
+        "vocabulary": (teacher.hf.get_vocab(), student.hf.get_vocab()),
+        "EOS ids": (set(teacher.eos_ids), set(student.eos_ids)),
+        "chat template": (teacher.prompt(question), student.prompt(question)),
+    }
+    for what, (ours, theirs) in pairs.items():
+        if ours != theirs:
+            raise InputError(
+                f"{teacher.folder} and {student.folder}: teacher and student must share the {what}; "
+                "use a student of the teacher's family"
+            )
 
 
-def _fits(config: Config, tokenizer: Tokenizer, problems: list[Problem], folders: tuple[Path, Path]) -> None:
+def _writable(out: Path) -> None:
+    parent = next(p for p in (out, *out.absolute().parents) if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise InputError(f"{out}: cannot be written ({parent} is not a folder that you may write); give another --out")
+    if (free := shutil.disk_usage(parent).free) < FREE_BYTES:
+        raise InputError(f"{out}: {free >> 20} MiB of disk are free, {FREE_BYTES >> 20} are wanted; free some space")
+
+
+def _fits(config: Config, tokenizer: Tokenizer, problems: list[Problem], folders: list[Path]) -> None:
     """Longest context and rollout against the models' positions."""
     hint = max(len(tokenizer.encode(hint_text(config, p))) for p in problems)
     shown = max(len(tokenizer.prompt(hindsight_question(config, p))) for p in problems)
@@ -181,8 +202,9 @@ def _fits(config: Config, tokenizer: Tokenizer, problems: list[Problem], folders
 
 def hindsight_question(config: Config, problem: Problem) -> str:
     """The question with the answer in view."""
-    # The answer first, by replace: questions and answers may hold braces.
-    return config.hindsight.prompt.replace("{answer}", problem.answer).replace("{question}", problem.question)
+    # One pass over the template: questions and answers may hold braces.
+    fields = {"{question}": problem.question, "{answer}": problem.answer}
+    return re.sub(r"\{question\}|\{answer\}", lambda match: fields[match[0]], config.hindsight.prompt)
 
 
 def hint_text(config: Config, problem: Problem) -> str:
@@ -190,14 +212,17 @@ def hint_text(config: Config, problem: Problem) -> str:
     return config.gear.hint.replace("{answer}", problem.answer)
 
 
-def _same_as_before(config: Config, directory: RunDirectory, facts: dict[str, Any]) -> None:
-    """Raises InputError where the directory was made with another config, other models or other problems."""
-    path = directory.root / "config.yaml"
+def _reopen(config: Config, out: Path, facts: dict[str, Any], needs: Sequence[str]) -> RunDirectory:
+    """The directory as it is. Raises InputError where it was made with another config, other models or other problems,
+    or where a stage has not finished.
+    """
+    directory = RunDirectory(out)
+    path = out / "config.yaml"
     if path.is_file():
         try:
-            old = flatten(yaml.safe_load(path.read_text(encoding="utf-8")))
-        except (yaml.YAMLError, UnicodeDecodeError):
-            raise InputError(f"{path}: damaged; restore it or use another --out") from None
+            old = flatten(to_dict(load_config(path)))
+        except InputError as error:
+            raise InputError(f"{error}; damaged, or of another version: use another --out") from None
         new = flatten(to_dict(config))
         changes = [
             f"{key}: {old.get(key, '(absent)')!r} -> {new.get(key, '(absent)')!r}"
@@ -205,11 +230,17 @@ def _same_as_before(config: Config, directory: RunDirectory, facts: dict[str, An
             if old.get(key) != new.get(key)
         ]
         if changes:
-            raise InputError(f"{directory.root}: made with another config ({'; '.join(changes)}); use another --out")
-    for key, value in facts.items():
-        before = directory.manifest.get(key)
-        if before is not None and before != value:
-            raise InputError(f"{directory.root}: its {key} have changed since it was begun; use another --out")
+            raise InputError(f"{out}: made with another config ({'; '.join(changes)}); use another --out")
+    before = directory.manifest
+    if "problems" in before and before["problems"] != facts["problems"]:
+        raise InputError(f"{out}: its problems have changed since it was begun; use another --out")
+    for name, model in before.get("models", {}).items():
+        if model["sha256"] != facts["models"][name]["sha256"]:
+            raise InputError(f"{out}: its {name} has changed since it was begun; use another --out")
+    for stage in needs:
+        if directory.done(stage) is None:
+            raise InputError(f"{out}: stage {stage} has not finished; run `heal {stage}` or `heal run` first")
+    return directory
 
 
 @contextlib.contextmanager

@@ -41,10 +41,14 @@ def summarise(run: Run) -> dict[str, Any]:
         return round(sum(work.get(name, {}).get("tokens", 0) for name in names) / seconds, 1) if seconds else 0.0
 
     summary["throughput"] = {
-        "sample_tokens_per_s": rate("base", "hindsight", "repair"),
+        "sample_tokens_per_s": rate("sample", "hindsight", "repair"),
         "train_tokens_per_s": rate("train heal", "train rejection_sampling"),
     }
-    summary["seconds"] = {name: account["seconds"] for name, account in work.items()}
+    seconds: dict[str, float] = {}
+    for name, account in work.items():  # "train heal" and "train rejection_sampling" are one stage
+        stage = name.split()[0]
+        seconds[stage] = round(seconds.get(stage, 0.0) + account["seconds"], 3)
+    summary["seconds"] = seconds
     write_json(run.root / "summary.json", summary)
     return summary
 

@@ -76,8 +76,8 @@ def test_breakpoint(rollout, window, kind):
     ("count", "kept_possible"), [(1, 0), (2, 0), (6, 0), (7, 1), (9, 1), (10, 2), (12, 2), (13, 3)]
 )
 def test_window_of_a_third_keeps_a_prefix_from_seven_steps_on(count, kept_possible):
-    assert gear.last_candidate(K, 1 / 3)[count] - 1 == max(0, kept_possible) or count <= 1
-    assert gear.last_candidate(K, 1 / 3)[count] == max(1, -(-count // 3) - 1)
+    last = gear.last_candidate(K, 1 / 3)[count]
+    assert last == max(1, -(-count // 3) - 1) and last - 1 == kept_possible
 
 
 def test_one_step_has_no_breakpoint_and_keeps_nothing():
@@ -202,8 +202,9 @@ def test_curate_follows_the_rules():
         candidate("r4", "repair", score=math.nan, index=11),
         candidate("r5", "repair", score=1.0, index=12, sequence=(hash("b0"),)),
         candidate("r6", "repair", score=None, index=13),
+        candidate("r7", "repair", index=14, sequence=(1,) * 6),
     ]
-    decisions = {d.rollout_id: d for d in pace.curate(given_candidates, strata, 1.12, per_problem=2)}
+    decisions = {d.rollout_id: d for d in pace.curate(given_candidates, strata, 1.12, per_problem=2, max_tokens=5)}
     assert [d for d in decisions] == [c.rollout_id for c in given_candidates]
     assert {i: d.stage for i, d in decisions.items() if d.kept} == {"b0": 1, "h3": 2, "r2": 3, "r5": 3}
     reasons = {i: d.reason for i, d in decisions.items() if not d.kept}
@@ -218,6 +219,7 @@ def test_curate_follows_the_rules():
         "r3": "problem is not unsolved",
         "r4": "PURE nan > 1.12",
         "r6": "PURE not scored > 1.12",
+        "r7": "longer than 5 tokens",
     }
 
 
@@ -237,7 +239,7 @@ def test_curate_properties(drawn, per_problem):
         pace.Candidate(f"r{i}", problem, kind, i, grade, False, (ord(problem), sequence), score)
         for i, (kind, problem, grade, sequence, score) in enumerate(drawn)
     ]
-    decisions = pace.curate(items, strata, 1.12, per_problem)
+    decisions = pace.curate(items, strata, 1.12, per_problem, 2)
     kept = [(c, d) for c, d in zip(items, decisions) if d.kept]
     assert len(decisions) == len(items)
     assert all(d.stage == pace.STAGE_OF_KIND[c.kind] and c.grade == "correct" for c, d in kept)
@@ -255,6 +257,11 @@ def test_pool_keeps_the_first_of_equals():
 def test_an_answer_after_the_thinking_part_is_scored():
     steps = np.array([0, 0, 1, 1, -1, -1, -1, -1], np.int32)  # two steps of thinking, then "answer: 42 <eos>"
     assert pure.scored_steps(steps, (5, 7), 0, 7).tolist() == [0, 0, 1, 1, -1, 2, 2, -1]
+
+
+def test_what_still_belongs_to_the_kept_step_is_not_scored():
+    # kept "a\n\n", continuation "\nb...": the newline belongs to the kept step
+    assert pure.scored_steps(np.array([0, 0, 0, 1, 1]), None, 2, 5).tolist() == [-1, -1, -1, 0, 0]
 
 
 def test_phases():

@@ -16,7 +16,7 @@ from conftest import TINY, start
 
 from heal_jax.cli import run as heal
 from heal_jax.config import Config, ModelSpec, dump
-from heal_jax.model.lm import open_model
+from heal_jax.model.lm import open_model, resolve
 from heal_jax.rollout.generate import Group, Shape, generate
 from heal_jax.rollout.sampling import Greedy
 from heal_jax.store import RunDirectory
@@ -122,6 +122,7 @@ def test_killed_anywhere_and_resumed_gives_the_same_bytes(tiny, tmp_path):
             if path.is_file() and len(json.loads(path.read_text())["shards"]) >= shards:
                 break
             time.sleep(0.05)
+        assert process.poll() is None, "it ended before it could be killed"
         process.send_signal(signal.SIGKILL)
         process.communicate()
         listed = json.loads((out / "manifest.json").read_text())["shards"]
@@ -130,7 +131,8 @@ def test_killed_anywhere_and_resumed_gives_the_same_bytes(tiny, tmp_path):
             # No finished shard is made again.
             assert written.setdefault(path, path.stat().st_mtime_ns) == path.stat().st_mtime_ns
     process = start("run", TINY, "--out", out)
-    assert process.communicate() is not None and process.returncode == 0
+    _, stderr = process.communicate()
+    assert process.returncode == 0, stderr
     assert all(path.stat().st_mtime_ns == at for path, at in written.items())
     assert content(out) == content(tiny[0])
 
@@ -139,7 +141,9 @@ def test_a_finished_run_is_left_alone(tiny):
     out, *_ = tiny
     before = content(out)
     times = {path: path.stat().st_mtime_ns for path in out.rglob("*.parquet")}
-    assert start("run", TINY, "--out", out).communicate() is not None
+    process = start("run", TINY, "--out", out)
+    _, stderr = process.communicate()
+    assert process.returncode == 0 and "export     done before" in stderr
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*.parquet")} == times
     assert content(out) == before
 
@@ -185,7 +189,12 @@ def test_damage_is_named(tiny, tmp_path, capsys):
         ("pace: {steps: [1, 1, 1]}", "sum to 1"),
         ("teacher: {path: nowhere}", "no such model folder"),
         ("problems: {source: 'jsonl:nowhere.jsonl'}", "nowhere.jsonl"),
-        ("problems: {split: test}", "both"),
+        ("problems: {split: test}", "are training problems too"),
+        ("sample: {n: 8, n: 9}", "n: given twice"),
+        ("sample: {batch: 4}", "sample.batch: 4 is out of range, allowed: >= 8"),
+        ("evaluate: {problems: {source: 'rg:nothing'}}", "rg:nothing"),
+        ("seed: -1", "seed: -1 is out of range"),
+        ("grade: {timeout: .inf}", "grade.timeout"),
         ("sample: {max_new_tokens: 4000}", "positions"),
         ("mesh: {data: 3}", "devices"),
         ("- 1", "mapping"),
@@ -199,9 +208,9 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, capsys, yaml_text, s
     except yaml.YAMLError:
         change = None
     path = tmp_path / "config.yaml"
-    if isinstance(change, dict):
+    if isinstance(change, dict) and "twice" not in says:
         for key, value in change.items():
-            config[key] = {**config.get(key, {}), **value}
+            config[key] = {**config.get(key, {}), **value} if isinstance(value, dict) else value
         if "split" in change.get("problems", {}):
             config["problems"] = {**config["evaluate"]["problems"]}
         path.write_text(yaml.safe_dump(config))
@@ -218,6 +227,34 @@ def test_commands_that_make_no_sense(tmp_path, capsys):
     assert "not a run directory" in refused(capsys, "report", tmp_path)
     assert "not a run directory" in refused(capsys, "show", tmp_path)
     assert "run `heal sample`" in refused(capsys, "repair", TINY, "--out", tmp_path / "out")
+    assert "--sample.n" in refused(capsys, "run", TINY, "--out", tmp_path / "out", "--sample.n", "many")
+    assert "--no-such" in refused(capsys, "run", TINY, "--out", tmp_path / "out", "--no-such", "1")
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" in refused(capsys, "run", TINY, "--out", tmp_path / "file" / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("how", ["weights", "generation", "template", "epsilon", "eos"])
+def test_a_damaged_model_folder_is_one_line_and_writes_nothing(tmp_path, capsys, how):
+    folder = tmp_path / "student"
+    shutil.copytree(resolve(ModelSpec("builtin:student")), folder)
+    config = json.loads((folder / "config.json").read_text())
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    if how == "weights":
+        data = (folder / "model.safetensors").read_bytes()
+        (folder / "model.safetensors").write_bytes(data[:-5])
+    elif how == "generation":
+        (folder / "generation_config.json").write_text("[1")
+    elif how == "template":
+        tokenizer["chat_template"] = "{% for %}"
+    elif how == "epsilon":
+        config["rms_norm_eps"] = "small"
+    elif how == "eos":
+        (folder / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    said = refused(capsys, "run", TINY, "--out", tmp_path / "out", "--student.path", folder)
+    assert "student" in said and not (tmp_path / "out").exists()
 
 
 def test_help_explains_every_field(capsys):

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from heal_jax.errors import InputError
-from heal_jax.train.data import Example, batches, fit, read_stage, row_length, write_stage
+from heal_jax.train.data import Example, batches, read_stage, row_length, write_stage
 
 
 def example(index: int, tokens: int = 6, prompt: int = 2) -> Example:
@@ -167,8 +167,6 @@ def test_order_follows_from_the_seed_and_skipping_is_dropping() -> None:
 
 
 def test_lengths() -> None:
-    kept, dropped = fit(EXAMPLES, 7)
-    assert (kept, dropped) == (EXAMPLES[:4], 3)
     assert [row_length([example(1, tokens=n)]) for n in (3, 32, 33, 64)] == [32, 32, 64, 64]
     with pytest.raises(ValueError, match="longer than 9"):
         batches(EXAMPLES, 2, 9, 0, 0)

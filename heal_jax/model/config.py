@@ -43,7 +43,6 @@ _REQUIRED_VALUES: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
     "use_sliding_window": (False, None),
-    "sliding_window": (None,),
     "pretraining_tp": (1, None),
     "quantization_config": (None,),
     "partial_rotary_factor": (1.0, None),
@@ -57,7 +56,14 @@ _KNOWN_FIELDS = set(_REQUIRED_VALUES) | {
     *("attention_dropout", "bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype", "use_cache"),
     *("initializer_range", "transformers_version", "_name_or_path", "is_llama_config", "rope_interleaved"),
     *("output_attentions", "output_hidden_states", "return_dict", "chunk_size_feed_forward", "id2label", "label2id"),
-    *("is_encoder_decoder", "is_decoder", "add_cross_attention", "cross_attention_hidden_size", "problem_type"),
+    *(
+        "sliding_window",
+        "is_encoder_decoder",
+        "is_decoder",
+        "add_cross_attention",
+        "cross_attention_hidden_size",
+        "problem_type",
+    ),
     "transformers.js_config",
 }
 
@@ -89,8 +95,11 @@ def decoder_config(folder: Path) -> DecoderConfig:
     for name, allowed in _REQUIRED_VALUES.items():
         if raw.get(name, allowed[0]) not in allowed:
             raise InputError(f"{where}: {name}={raw[name]!r} is not supported; supported: {list(allowed)}")
-    if any(kind != "full_attention" for kind in raw.get("layer_types") or ()):
+    kinds = raw.get("layer_types") or []
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
         raise InputError(f"{where}: layer_types other than full_attention are not supported")
+    if raw.get("sliding_window") is not None and raw.get("use_sliding_window") is not False:
+        raise InputError(f"{where}: sliding_window={raw['sliding_window']!r} is not supported; supported: none")
     if raw.get("rope_interleaved"):
         raise InputError(f"{where}: rope_interleaved is not supported")
 
@@ -101,6 +110,10 @@ def decoder_config(folder: Path) -> DecoderConfig:
         return value
 
     hidden, heads = integer("hidden_size"), integer("num_attention_heads")
+
+    def number(name: str, default: float) -> float:
+        return _number(raw.get(name, default), name, where)
+
     config = DecoderConfig(
         family=family,
         vocab_size=integer("vocab_size"),
@@ -111,7 +124,7 @@ def decoder_config(folder: Path) -> DecoderConfig:
         num_kv_heads=integer("num_key_value_heads", heads),
         head_dim=integer("head_dim", 128 if family == "qwen3" else hidden // heads),
         rope_theta=_rope_theta(raw, where),
-        rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+        rms_norm_eps=number("rms_norm_eps", 1e-6),
         tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
         max_positions=integer("max_position_embeddings", 2048 if family == "llama" else 32768),
     )
@@ -122,13 +135,23 @@ def decoder_config(folder: Path) -> DecoderConfig:
 
 def _rope_theta(raw: dict[str, Any], where: Path) -> float:
     """The rotary base, from the old spelling (`rope_theta`) or the new (`rope_parameters`)."""
-    parameters = raw.get("rope_parameters") or {}
-    kind = parameters.get("rope_type", "default")
-    scaling = raw.get("rope_scaling") or {}
-    kind = scaling.get("rope_type", scaling.get("type", kind))
-    if kind != "default":
+    parameters, scaling = raw.get("rope_parameters") or {}, raw.get("rope_scaling") or {}
+    for name, value in (("rope_parameters", parameters), ("rope_scaling", scaling)):
+        if not isinstance(value, dict) or set(value) - {"rope_type", "type", "rope_theta"}:
+            raise InputError(
+                f"{where}: {name}={value!r} is not supported; supported: rope_type default with rope_theta"
+            )
+    kind = {"rope_type": parameters.get("rope_type", "default"), **scaling}
+    if kind.get("type", kind["rope_type"]) != "default":
         raise InputError(f"{where}: RoPE scaling {kind!r} is not supported; supported: default (none)")
-    return float(parameters.get("rope_theta", raw.get("rope_theta", 10000.0)))
+    theta = parameters.get("rope_theta", scaling.get("rope_theta", raw.get("rope_theta", 10000.0)))
+    return _number(theta, "rope_theta", where)
+
+
+def _number(value: Any, name: str, where: Path) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise InputError(f"{where}: {name} must be a positive number, not {value!r}")
+    return float(value)
 
 
 def config_json(config: DecoderConfig, dtype: str, eos_ids: tuple[int, ...], pad_id: int | None) -> dict[str, Any]:

@@ -72,7 +72,10 @@ class Tokenizer:
         for name in ("generation_config.json", "config.json"):
             path = self.folder / name
             if path.is_file():
-                value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+                try:
+                    value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+                except (ValueError, AttributeError):
+                    raise InputError(f"{path}: not a JSON object; restore the file from its source") from None
                 ids += value if isinstance(value, list) else [value]
         found = tuple(dict.fromkeys(i for i in ids if i is not None))
         if not found or any(not isinstance(i, int) or not 0 <= i < self.vocab_size for i in found):
@@ -82,11 +85,18 @@ class Tokenizer:
         return found
 
     def prompt(self, question: str) -> list[int]:
-        """Ids of a user turn up to where the assistant begins; the bare text where there is no chat template."""
+        """Ids of a user turn up to where the assistant begins; the bare text where there is no chat template.
+
+        Raises InputError where the template is broken.
+        """
         if self.hf.chat_template is None:
             return list(self.hf.encode(question))
         turn = [{"role": "user", "content": question}]
-        return list(self.hf.apply_chat_template(turn, add_generation_prompt=True, tokenize=True, return_dict=False))
+        try:
+            return list(self.hf.apply_chat_template(turn, add_generation_prompt=True, tokenize=True, return_dict=False))
+        except Exception as error:  # whatever a template from elsewhere raises
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"{self.folder}: its chat template cannot be applied ({reason}); restore it") from None
 
     def encode(self, text: str) -> list[int]:
         """Ids of text inside a turn: no special tokens added."""
@@ -95,10 +105,13 @@ class Tokenizer:
     @functools.cached_property
     def pieces(self) -> list[str]:
         """The text that each id adds after other text, [V] strings; ids without a token add none."""
-        anchor = self.encode("a")[-1:]
-        head = len(self._decode(anchor))
-        known = len(self.hf)
-        return [self._decode([*anchor, i])[head:] if i < known else "" for i in range(self.vocab_size)]
+        head, known = len(self._decode(self._anchor)), len(self.hf)
+        return [self._decode([*self._anchor, i])[head:] if i < known else "" for i in range(self.vocab_size)]
+
+    @functools.cached_property
+    def _anchor(self) -> list[int]:
+        """A token to decode after: some decoders strip what begins a text."""
+        return self.encode("a")[-1:]
 
     @functools.cached_property
     def newlines(self) -> NewlineTable:
@@ -119,8 +132,14 @@ class Tokenizer:
         """For each id of a rollout (EOS left out) the text it adds and where that begins in the whole text."""
         ids = self.without_eos(ids)
         texts = [self.pieces[i] for i in ids]
-        if any("\ufffd" in text for text in texts):  # parts of characters: only longer and longer prefixes tell
-            ends = [self._decode(ids[: i + 1]).rstrip("\ufffd") for i in range(len(ids))]
-            texts = [end[len(before) :] for before, end in zip(["", *ends], ends)]
+        # Parts of characters say what they are only together: a run of them is decoded in ever longer pieces.
+        broken = ["\ufffd" in text for text in texts]
+        for first in (i for i in range(len(ids)) if broken[i] and not (i and broken[i - 1])):
+            last = next((i for i in range(first, len(ids)) if not broken[i]), len(ids))
+            known = ""
+            for i in range(first, last):
+                whole = self._decode([*self._anchor, *ids[first : i + 1]])[len(self._decode(self._anchor)) :]
+                whole = whole if i == last - 1 else whole.rstrip("\ufffd")
+                texts[i], known = whole[len(known) :], whole
         starts = np.cumsum([0, *map(len, texts)])
         return list(zip(texts, map(int, starts)))

@@ -112,9 +112,28 @@ def load(folder: str | Path, dtype: jnp.dtype = jnp.float32, mesh: Mesh | None =
     Tensors go one at a time to the devices, cast to `dtype`, sharded over `mesh` where one is given.
     Raises InputError that lists every missing, unexpected and mis-shaped tensor at once.
     """
-    folder = Path(folder)
-    config = decoder_config(folder)
+    config = decoder_config(Path(folder))
     graph, shapes = abstract(config, dtype)
+    loaded = {}
+    for row, value in _tensors(Path(folder), config):
+        host = np.ascontiguousarray(value.astype(jnp.dtype(dtype)))
+        loaded[row.path] = jax.device_put(host, sharding(mesh, row.axes, value.shape))
+    leaves: dict[Any, Any] = {path: v.replace(loaded[path]) for path, v in nnx.to_flat_state(shapes)}  # type: ignore[index]
+    return Model(graph, nnx.from_flat_state(leaves), config)
+
+
+def check(folder: Path) -> None:
+    """Raise InputError for whatever `load` would refuse; nothing is kept."""
+    for _ in _tensors(folder, decoder_config(folder)):
+        pass
+
+
+def _tensors(folder: Path, config: DecoderConfig) -> Iterator[tuple[Row, np.ndarray]]:
+    """Each row of the table with its parameter, as the decoder has it, one at a time.
+
+    Raises InputError at the end, with all that is wrong.
+    """
+    _, shapes = abstract(config, jnp.float32)
     flat: dict[Any, Any] = dict(nnx.to_flat_state(shapes))
     rows = {row.tensor: row for row in table(config)}
     files = _files(folder)
@@ -123,7 +142,6 @@ def load(folder: str | Path, dtype: jnp.dtype = jnp.float32, mesh: Mesh | None =
         present.discard("lm_head.weight")  # some files ship the tied copy
     problems = [f"missing {name}" for name in sorted(set(rows) - present)]
     problems += [f"unexpected {name}" for name in sorted(present - set(rows))]
-    loaded = {}
     for name, array in _arrays(files, sorted(present & set(rows))):
         row = rows[name]
         value = array.T if row.transposed else array
@@ -133,12 +151,9 @@ def load(folder: str | Path, dtype: jnp.dtype = jnp.float32, mesh: Mesh | None =
         elif not np.isfinite(value.astype(np.float32)).all():
             problems.append(f"{name} has values that are not finite")
         else:
-            host = np.ascontiguousarray(value.astype(jnp.dtype(dtype)))
-            loaded[row.path] = jax.device_put(host, sharding(mesh, row.axes, value.shape))
+            yield row, value
     if problems:
         raise InputError(f"{folder}: weights do not fit config.json: {'; '.join(problems)}")
-    leaves = {path: variable.replace(loaded[path]) for path, variable in flat.items()}
-    return Model(graph, nnx.from_flat_state(leaves), config)
 
 
 def save_weights(model: Model, path: Path) -> None:

@@ -4,6 +4,7 @@ import decimal
 import difflib
 import json
 import random
+import re
 from dataclasses import dataclass, field, fields
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -36,11 +37,19 @@ class Problem:
     """reasoning_gym: the entry's own, with source_dataset (the family) and source_options (its configuration)."""
 
 
-def load(spec: ProblemSpec, by: str) -> list[Problem]:
+def load(spec: ProblemSpec, by: str, where: str = "problems") -> list[Problem]:
     """The problems of a source, in its order, no question twice.
 
-    `by` is `grade.by`: auto takes the family's own scorer for world: and rg:, math for jsonl:. Raises InputError.
+    `by` is `grade.by`: auto takes the family's own scorer for world: and rg:, math for jsonl:. Raises InputError, which
+    names fields under `where`, the place of `spec` in the config.
     """
+    try:
+        return _load(spec, by)
+    except InputError as error:
+        raise InputError(re.sub(r"^problems\b", where, str(error))) from None
+
+
+def _load(spec: ProblemSpec, by: str) -> list[Problem]:
     scheme, _, name = spec.source.partition(":")
     if scheme not in _LOADERS or not name:
         raise InputError(f"problems.source: {spec.source!r}: world:sums, rg:FAMILY or jsonl:FILE is expected")

@@ -110,12 +110,6 @@ def read_stage(folder: Path) -> list[Example]:
     ]
 
 
-def fit(examples: Sequence[Example], length: int) -> tuple[list[Example], int]:
-    """The examples of at most `length` tokens, and how many were longer (never cut: a cut one lacks its EOS)."""
-    kept = [example for example in examples if len(example.tokens) <= length]
-    return kept, len(examples) - len(kept)
-
-
 def row_length(examples: Sequence[Example]) -> int:
     """The smallest multiple of 32 that holds the longest example: one length, so one compilation, for a whole training.
 
@@ -137,7 +131,7 @@ def batches(
     if not examples:
         raise ValueError("no examples to make batches of")
     if max(len(example.tokens) for example in examples) > length:
-        raise ValueError(f"an example is longer than {length} tokens: use fit first")
+        raise ValueError(f"an example is longer than {length} tokens: give a larger length")
 
     def row(example: Example) -> tuple[np.ndarray, np.ndarray]:
         tokens = np.full(length, pad_id, np.int32)

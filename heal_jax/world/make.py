@@ -15,6 +15,7 @@ import numpy as np
 import optax
 from tokenizers import Tokenizer
 
+from heal_jax.errors import InputError
 from heal_jax.model.config import DecoderConfig, config_json
 from heal_jax.model.decoder import Model, initialise
 from heal_jax.model.weights import save_weights
@@ -138,7 +139,11 @@ def save(model: Model, folder: Path) -> None:
 
 
 def make(out: Path, names: tuple[str, ...] = ("teacher", "student")) -> None:
-    """Make the named models under `out`."""
+    """Make the named models under `out`. Raises InputError, before training, where that cannot be written."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be made ({error.strerror}); give another --out") from None
     for name in names:
         start = time.perf_counter()
 
