@@ -279,3 +279,8 @@ def test_marks_that_open_and_close_alike_are_read_in_pairs():
     assert extract("$$1$$ and $$2$$", GradeSpec(answer_open="$$", answer_close="$$")) == "2"
     assert extract("$$1$$ and $$2", GradeSpec(answer_open="$$", answer_close="$$")) is None
     assert extract("answer 1 /answer", GradeSpec(answer_open="answer", answer_close="/answer")) == "1"
+
+
+def test_the_field_named_is_the_one_that_was_given() -> None:
+    with pytest.raises(InputError, match=r"^evaluate\.problems\.counts: world:sums needs"):
+        load(ProblemSpec(split="test"), "auto", "evaluate.problems")

@@ -10,6 +10,7 @@ import numpy as np
 from heal_jax.errors import InputError
 
 WHITE_SPACE = " \t\n\r\v\f"  # what makes a step blank; ASCII only, since wider white space may be split over tokens
+LONGEST_CHARACTER = 4  # bytes of UTF-8, so at most as many tokens
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -105,13 +106,19 @@ class Tokenizer:
     @functools.cached_property
     def pieces(self) -> list[str]:
         """The text that each id adds after other text, [V] strings; ids without a token add none."""
-        head, known = len(self._decode(self._anchor)), len(self.hf)
-        return [self._decode([*self._anchor, i])[head:] if i < known else "" for i in range(self.vocab_size)]
+        known = len(self.hf)
+        return [self._after_anchor([i]) if i < known else "" for i in range(self.vocab_size)]
+
+    def _after_anchor(self, ids: list[int]) -> str:
+        """What ids add to other text."""
+        anchor, length = self._anchor
+        return self._decode([*anchor, *ids])[length:]
 
     @functools.cached_property
-    def _anchor(self) -> list[int]:
-        """A token to decode after: some decoders strip what begins a text."""
-        return self.encode("a")[-1:]
+    def _anchor(self) -> tuple[list[int], int]:
+        """A token to decode after, and the length of its text: some decoders strip what begins a text."""
+        ids = self.encode("a")[-1:]
+        return ids, len(self._decode(ids))
 
     @functools.cached_property
     def newlines(self) -> NewlineTable:
@@ -132,14 +139,15 @@ class Tokenizer:
         """For each id of a rollout (EOS left out) the text it adds and where that begins in the whole text."""
         ids = self.without_eos(ids)
         texts = [self.pieces[i] for i in ids]
-        # Parts of characters say what they are only together: a run of them is decoded in ever longer pieces.
-        broken = ["\ufffd" in text for text in texts]
-        for first in (i for i in range(len(ids)) if broken[i] and not (i and broken[i - 1])):
-            last = next((i for i in range(first, len(ids)) if not broken[i]), len(ids))
-            known = ""
-            for i in range(first, last):
-                whole = self._decode([*self._anchor, *ids[first : i + 1]])[len(self._decode(self._anchor)) :]
-                whole = whole if i == last - 1 else whole.rstrip("\ufffd")
-                texts[i], known = whole[len(known) :], whole
+        # Parts of characters say what they are only together: the last of them gets the text.
+        first = 0
+        for i, text in enumerate(texts):
+            if "\ufffd" not in text:
+                first = i + 1
+                continue
+            whole = self._after_anchor(ids[first : i + 1])
+            done = "\ufffd" not in whole or i + 1 - first == LONGEST_CHARACTER
+            texts[i] = whole if done else ""
+            first = i + 1 if done else first
         starts = np.cumsum([0, *map(len, texts)])
         return list(zip(texts, map(int, starts)))
