@@ -30,7 +30,7 @@ def test_columns_and_levels(terms):
     assert [carry for _, carry in cells] == [0, *carries(terms)]
     twos = carries(terms).count(2)
     nines = sum(c == 1 and "9" in {str(t)[::-1][p + 1 : p + 2] for t in terms} for p, c in enumerate(carries(terms)))
-    want = "hard" if twos >= 2 else None if twos else "medium" if nines >= 3 else "easy" if nines <= 1 else None
+    want = "hard" if twos >= 3 else None if twos else "medium" if nines >= 3 else "easy" if nines <= 1 else None
     assert problems.level_of(terms) == want
 
 

@@ -4,9 +4,9 @@ The generator's problems are kept as they are; this module sorts them by what th
 
 * easy: no column receives a carry of two, at most one receives a carry of one next to a nine;
 * medium: no carry of two, at least three columns receive a carry of one next to a nine;
-* hard: at least two columns receive a carry of two (so does about half of what the generator makes).
+* hard: at least three columns receive a carry of two.
 
-What lies between (one carry of two, or two nines) has no level and is not used. The split of a problem is a hash of its
+What lies between (one or two carries of two, or two nines) has no level and is not used. The split of a problem is a hash of its
 question, so the four splits are disjoint whatever the seeds.
 """
 
@@ -64,7 +64,7 @@ def level_of(terms: list[int]) -> str | None:
     twos = sum(carry == 2 for _, carry in cells)
     nines = sum(nine_meets_one(digits, carry) for digits, carry in cells)
     if twos:
-        return "hard" if twos >= 2 else None
+        return "hard" if twos >= 3 else None
     if nines >= 3:
         return "medium"
     return "easy" if nines <= 1 else None
