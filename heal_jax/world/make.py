@@ -22,6 +22,8 @@ from heal_jax.model.weights import save_weights
 from heal_jax.train.step import train_step
 from heal_jax.world import problems, tokenizer, traces
 
+MIN_DIGITS = 10  # one less than the problems have, so that their shortest are not at the edge of what was learned
+
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
@@ -76,7 +78,7 @@ def recipes() -> dict[str, Recipe]:
 def _terms(rng: np.random.Generator, plain: bool) -> list[int]:
     """Three numbers as the generator draws them, of the pretraining split; `plain`: no column receives a two."""
     while True:
-        digits = int(rng.integers(problems.MIN_DIGITS, problems.MAX_DIGITS + 1))
+        digits = int(rng.integers(MIN_DIGITS, problems.MAX_DIGITS + 1))
         terms = [int(x) for x in rng.integers(10 ** (digits - 1), 10**digits, size=problems.TERMS)]
         if plain and any(carry == 2 for _, carry in problems.columns(terms)):
             continue

@@ -4,9 +4,9 @@ The generator's problems are kept as they are; this module sorts them by what th
 
 * easy: no column receives a carry of two, at most one receives a carry of one next to a nine;
 * medium: no carry of two, at least three columns receive a carry of one next to a nine;
-* hard: at least three columns receive a carry of two.
+* hard: at least four columns receive a carry of two.
 
-What lies between (one or two carries of two, or two nines) has no level and is not used. The split of a problem is a hash of its
+What lies between (one to three carries of two, or two nines) has no level and is not used. The split of a problem is a hash of its
 question, so the four splits are disjoint whatever the seeds.
 """
 
@@ -19,7 +19,7 @@ import reasoning_gym
 LEVELS = ("easy", "medium", "hard")
 SPLITS = {"pretrain": range(0, 160), "train": range(160, 208), "dev": range(208, 224), "test": range(224, 256)}
 FAMILY = "chain_sum"
-TERMS, MIN_DIGITS, MAX_DIGITS = 3, 10, 12
+TERMS, MIN_DIGITS, MAX_DIGITS = 3, 11, 12
 SCAN_SEED = 20_260_000  # first seed of the generator; a problem set's own seed moves it by SCAN_STRIDE
 SCAN_STRIDE = 10_000_000
 
@@ -64,7 +64,7 @@ def level_of(terms: list[int]) -> str | None:
     twos = sum(carry == 2 for _, carry in cells)
     nines = sum(nine_meets_one(digits, carry) for digits, carry in cells)
     if twos:
-        return "hard" if twos >= 3 else None
+        return "hard" if twos >= 4 else None
     if nines >= 3:
         return "medium"
     return "easy" if nines <= 1 else None
