@@ -6,8 +6,8 @@ The generator's problems are kept as they are; this module sorts them by what th
 * medium: no carry of two, at least three columns receive a carry of one next to a nine;
 * hard: at least four columns receive a carry of two.
 
-What lies between (one to three carries of two, or two nines) has no level and is not used. The split of a problem is a hash of its
-question, so the four splits are disjoint whatever the seeds.
+What lies between (one to three carries of two, or two nines) has no level and is not used. The split of a problem is
+a hash of its question, so the four splits are disjoint whatever the seeds.
 """
 
 import hashlib
