@@ -170,7 +170,7 @@ def test_damage_is_named(tiny, tmp_path, capsys):
     (out / "manifest.json").write_text(json.dumps(manifest))
     shard = out / "rollouts" / "base-00001.parquet"
     shard.write_bytes(shard.read_bytes()[:-10])
-    assert "base-00001.parquet" in refused(capsys, "sample", TINY, "--out", out, "--mesh.data", "-1")
+    assert "base-00001.parquet" in refused(capsys, "sample", TINY, "--out", out, "--quiet")
     (out / "manifest.json").write_text('{"stages":')
     assert "manifest.json" in refused(capsys, "sample", TINY, "--out", out)
     (out / "config.yaml").write_text("a: [")
