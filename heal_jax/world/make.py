@@ -112,7 +112,8 @@ def batches(recipe: Recipe, encoder: Tokenizer) -> Iterator[tuple[np.ndarray, np
 def pretrain(recipe: Recipe, report: Callable[[int, float], None]) -> Model:
     """Train from random weights; `report(step, loss)` every 50 steps."""
     model = initialise(recipe.config, recipe.seed, std=recipe.std)
-    schedule = optax.warmup_cosine_decay_schedule(0.0, recipe.learning_rate, 200, recipe.steps, 1e-5)
+    warmup = min(200, recipe.steps // 2)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, recipe.learning_rate, warmup, recipe.steps, 1e-5)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.01))
     params, state = model.params, optimizer.init(model.params)
     stream = batches(recipe, tokenizer.build())
