@@ -170,6 +170,7 @@ def _stages(command: str, argv: list[str]) -> None:
     arguments = _parse(StageArguments, command, argv, default=defaults, description=description)
 
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before jax, which reads it
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no torch is as it should be
     from heal_jax.pipeline import NEEDS, run_stages
     from heal_jax.progress import Progress
     from heal_jax.run import open_run
