@@ -266,9 +266,9 @@ def test_the_given_model_is_untouched(tmp_path: Path) -> None:
 
 def test_one_compilation_for_all_phases_and_students(tmp_path: Path) -> None:
     run(tmp_path / "heal")
-    compiled = train_step._cache_size()  # type: ignore[attr-defined]
+    compiled = train_step._cache_size()
     run(tmp_path / "rejection_sampling", phases=[Phase("stage 1", examples(5), 22)])
-    assert train_step._cache_size() == compiled  # type: ignore[attr-defined]
+    assert train_step._cache_size() == compiled
 
 
 def test_the_end_is_learned(tmp_path: Path) -> None:

@@ -114,11 +114,11 @@ def load(folder: str | Path, dtype: jnp.dtype = jnp.float32, mesh: Mesh | None =
     """
     config = decoder_config(Path(folder))
     graph, shapes = abstract(config, dtype)
-    loaded = {}
+    loaded: dict[Any, Any] = {}
     for row, value in _tensors(Path(folder), config):
         host = np.ascontiguousarray(value.astype(jnp.dtype(dtype)))
         loaded[row.path] = jax.device_put(host, sharding(mesh, row.axes, value.shape))
-    leaves: dict[Any, Any] = {path: v.replace(loaded[path]) for path, v in nnx.to_flat_state(shapes)}  # type: ignore[index]
+    leaves = {path: v.replace(loaded[path]) for path, v in nnx.to_flat_state(shapes)}
     return Model(graph, nnx.from_flat_state(leaves), config)
 
 
