@@ -21,6 +21,7 @@ import jax
 from heal_jax import __version__
 from heal_jax.config import Config, dump, flatten, to_dict, validate
 from heal_jax.config import load as load_config
+from heal_jax.divide import require, sizes, undivided
 from heal_jax.errors import InputError, RunError
 from heal_jax.model.config import decoder_config
 from heal_jax.model.lm import LanguageModel, open_model, open_tokenizer, resolve
@@ -108,6 +109,8 @@ def open_run(
     check_disjoint(problems, held_out)
     mesh = make_mesh(dataclasses.asdict(config.mesh))
     folders = {"teacher": resolve(config.teacher), "student": resolve(config.student)}
+    split = sizes(config, {name: decoder_config(folder) for name, folder in folders.items()})
+    require(mesh.shape, split)
     tokenizer = open_tokenizer(folders["teacher"])
     _same_prompts_and_ids(tokenizer, open_tokenizer(folders["student"]), problems[0].question)
     _fits(config, tokenizer, [*problems, *held_out], list(folders.values()))
@@ -147,6 +150,8 @@ def open_run(
             changed = [name for name in circumstances if begun.get(name) != circumstances[name]]
             progress.say(f"note: {', '.join(changed)} differ from when {out} was begun; the bytes may, too")
             directory.update(also=[*directory.manifest.get("also", []), circumstances])
+        for size in undivided(mesh.shape, split):
+            progress.say(f"note: the mesh does not divide {size.what}; it stays whole on every device")
         yield Run(config, directory, problems, held_out, grader, progress, mesh)
 
 

@@ -27,7 +27,7 @@ from orbax.checkpoint import v1 as ocp
 from heal_jax.config import TrainSpec
 from heal_jax.errors import RunError
 from heal_jax.model.decoder import Model
-from heal_jax.model.mesh import put_batch
+from heal_jax.model.mesh import put_batch, using
 from heal_jax.model.weights import shardings
 from heal_jax.train.data import Example, batches
 from heal_jax.train.step import train_step
@@ -151,9 +151,10 @@ def train(
             if not mask.any():
                 raise RunError(f"training step {step} ({phase}): the batch has no token to learn; look at its examples")
             batch = put_batch(mesh, (tokens, mask))
-            params, opt_state, metrics = train_step(
-                model.graph, transform, state["params"], state["opt_state"], *batch, dtype, pinned
-            )
+            with using(mesh):
+                params, opt_state, metrics = train_step(
+                    model.graph, transform, state["params"], state["opt_state"], *batch, dtype, pinned
+                )
             state = {"params": params, "opt_state": opt_state}
             loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
             if not (math.isfinite(loss) and math.isfinite(grad_norm)):

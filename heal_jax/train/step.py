@@ -9,6 +9,8 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Sharding
 
+from heal_jax.model.mesh import constrain
+
 
 def token_losses(graph: nnx.GraphDef, params: nnx.State, tokens: Array) -> Array:
     """Cross-entropy of each token given those before it.
@@ -16,7 +18,8 @@ def token_losses(graph: nnx.GraphDef, params: nnx.State, tokens: Array) -> Array
     tokens [B, T] int32 -> [B, T] float32 nats; entry t is the loss of token t, entry 0 is 0 (nothing predicts it).
     """
     model = nnx.merge(graph, params)
-    logits = model.logits(model(tokens[:, :-1]))
+    hidden = constrain(model(tokens[:, :-1]), "batch", None, None)
+    logits = constrain(model.logits(hidden), "batch", None, "vocab")
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
     return jnp.pad(losses, ((0, 0), (1, 0)))
 
