@@ -59,7 +59,7 @@ def divides(shape: Mapping[str, int], sizes: Sequence[Size]) -> bool:
 
 
 def require(shape: Mapping[str, int], sizes: Sequence[Size]) -> None:
-    """Raises InputError that names all that this mesh shape does not divide, the nearest sizes and the nearest shape."""
+    """Raises InputError that names all that this mesh shape does not divide, and the nearest that do."""
     faults = [s for s in undivided(shape, sizes) if s.axis not in MAY_STAY_WHOLE]
     if not faults:
         return

@@ -22,6 +22,7 @@ from heal_jax.errors import InputError
 from heal_jax.model.config import DecoderConfig, decoder_config
 from heal_jax.model.decoder import Model, abstract
 from heal_jax.model.mesh import sharding
+from heal_jax.processes import fetch, primary
 
 Path_ = tuple[str | int, ...]
 
@@ -117,7 +118,8 @@ def load(folder: str | Path, dtype: jnp.dtype = jnp.float32, mesh: Mesh | None =
     loaded: dict[Any, Any] = {}
     for row, value in _tensors(Path(folder), config):
         host = np.ascontiguousarray(value.astype(jnp.dtype(dtype)))
-        loaded[row.path] = jax.device_put(host, sharding(mesh, row.axes, value.shape))
+        where = sharding(mesh, row.axes, host.shape)
+        loaded[row.path] = jax.make_array_from_callback(host.shape, where, host.__getitem__)
     leaves = {path: v.replace(loaded[path]) for path, v in nnx.to_flat_state(shapes)}
     return Model(graph, nnx.from_flat_state(leaves), config)
 
@@ -161,9 +163,10 @@ def save_weights(model: Model, path: Path) -> None:
     flat = dict(nnx.to_flat_state(model.params))
     tensors = {}
     for row in table(model.config):
-        value = np.asarray(jax.device_get(flat[row.path][...]))
+        value = np.asarray(fetch(flat[row.path][...]))
         tensors[row.tensor] = np.ascontiguousarray(value.T if row.transposed else value)
-    save_file(tensors, path, metadata={"format": "pt"})
+    if primary():
+        save_file(tensors, path, metadata={"format": "pt"})
 
 
 def shardings(model: Model, mesh: Mesh) -> nnx.State:

@@ -4,12 +4,12 @@ import dataclasses
 import hashlib
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from heal_jax.model.lm import LanguageModel
 from heal_jax.model.mesh import batch_parts, put_batch, using
+from heal_jax.processes import fetch
 from heal_jax.rollout.decode import key_words, roll_out, score
 from heal_jax.rollout.sampling import Rule
 from heal_jax.rollout.steps import find_steps
@@ -86,7 +86,7 @@ def generate(lm: LanguageModel, groups: Sequence[Group], shape: Shape, rules: tu
             repeats=shape.repeats,
             max_new=bucket(shape.max_new),
         )
-    tokens, entropy, logprob, sampling, length, stopped = jax.device_get(out)
+    tokens, entropy, logprob, sampling, length, stopped = fetch(out)
 
     def decoded(row: int, rollout_id: str) -> Decoded:
         n = int(length[row])
@@ -114,7 +114,7 @@ def score_sequences(
         tokens, _ = pad_rows(part, width, rows)
         with using(lm.mesh):
             scored = score(lm.model.graph, lm.model.params, put_batch(lm.mesh, tokens))
-        logprob, entropy = jax.device_get(scored)
+        logprob, entropy = fetch(scored)
         found |= {seq: (logprob[i, : len(seq)], entropy[i, : len(seq)]) for i, seq in enumerate(part)}
     return [found[sequence] for sequence in sequences]
 
