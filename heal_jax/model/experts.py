@@ -101,12 +101,14 @@ def grouped_matmul(rows: Array, matrices: Array, sizes: Array, first: Array) -> 
     return jax.lax.platform_dependent(rows, matrices, sizes, first, tpu=_megablox, default=_blocks)
 
 
-def _megablox(rows: Array, matrices: Array, sizes: Array, first: Array) -> Array:
+def _megablox(rows: Array, matrices: Array, sizes: Array, first: Array, interpret: bool = False) -> Array:
     from jax.experimental.pallas.ops.tpu.megablox import gmm
 
     pad = -rows.shape[0] % TILE
     sizes = sizes.at[-1].add(pad)  # every row must be of some group
-    out = gmm(jnp.pad(rows, ((0, pad), (0, 0))), matrices, sizes, rows.dtype, (TILE, TILE, TILE), first)
+    tiles = (TILE, TILE, TILE)
+    padded = jnp.pad(rows, ((0, pad), (0, 0)))
+    out = gmm(padded, matrices, sizes, rows.dtype, tiles, first, None, False, interpret)
     return _of_groups(out[: rows.shape[0]], sizes, first, matrices.shape[0])
 
 
