@@ -222,7 +222,7 @@ def test_bfloat16_is_near_float32(tmp_path):
         decoder = merged(model)
         logits.append(np.asarray(decoder.logits(decoder(tokens))))
         assert logits[-1].dtype == np.float32
-    assert error(logits[1], logits[0], np.abs(logits[0]).max()) < 0.05
+    assert error(logits[1], logits[0], np.abs(logits[0]).max()) < 0.1
     assert not np.array_equal(logits[0], logits[1])
 
 

@@ -156,7 +156,7 @@ class Source:
         if self.tensors.described(first)[0] != self.tensors.described(second)[0]:
             return False
         rows = self.tensors.described(first)[0][0]
-        parts = (slice(start, start + 4096) for start in range(0, rows, 4096))
+        parts = (slice(start, min(start + 4096, rows)) for start in range(0, rows, 4096))
         return all(np.array_equal(self.tensors.read(first, (p,)), self.tensors.read(second, (p,))) for p in parts)
 
     def read(self, row: Row, index: Index) -> np.ndarray:
