@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,6 +42,8 @@ a stage alone, with the same arguments:
 heal report DIR              {OTHERS["report"]}
 heal show DIR [ROLLOUT_ID]   {OTHERS["show"]}
 heal make-world --out DIR    {OTHERS["make-world"]}
+
+Several processes do one run together: HEAL_COORDINATOR, HEAL_PROCESSES and HEAL_PROCESS_ID (README, "Meshes").
 
 heal COMMAND --help explains every field; any config field can be set on the command line (--sample.n 8)."""
 
@@ -86,7 +89,17 @@ class WorldArguments:
 
 def main() -> None:
     """Entry point of the console script."""
-    sys.exit(run(sys.argv[1:]))
+    if not os.environ.get("HEAL_COORDINATOR"):
+        sys.exit(run(sys.argv[1:]))
+    from heal_jax import processes
+
+    try:
+        status = run(sys.argv[1:])
+    except Exception:
+        traceback.print_exc()
+        status = 1
+    processes.leave(status)
+    sys.exit(status)
 
 
 def run(argv: list[str]) -> int:
@@ -171,18 +184,20 @@ def _stages(command: str, argv: list[str]) -> None:
 
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before jax, which reads it
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no torch is as it should be
+    from heal_jax import processes
     from heal_jax.pipeline import NEEDS, run_stages
     from heal_jax.progress import Progress
     from heal_jax.run import open_run
 
     with (
-        Progress(quiet=arguments.quiet) as progress,
+        processes.job(),
+        Progress(quiet=arguments.quiet or not processes.primary()) as progress,
         open_run(
             arguments.settings, arguments.out, progress, NEEDS.get(command, ()), shlex.join(["heal", command, *argv])
         ) as opened,
     ):
         run_stages(opened, list(STAGES) if command == "run" else [command])
-        if command == "run":
+        if command == "run" and processes.primary():
             from heal_jax.summary import verdict
 
             print(verdict(arguments.out))

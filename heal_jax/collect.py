@@ -12,7 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from heal_jax import gear
+from heal_jax import gear, processes
 from heal_jax.pace import stratum
 from heal_jax.problems.answers import answer_span
 from heal_jax.problems.sources import Problem
@@ -74,7 +74,8 @@ def sample(run: Run) -> None:
         }
         for p in run.problems
     ]
-    write_table(run.root / "problems.parquet", rows, PROBLEMS)
+    if processes.primary():
+        write_table(run.root / "problems.parquet", rows, PROBLEMS)
     run.directory.finish("sample", correct=dict(correct), strata=strata)
 
 
@@ -189,7 +190,7 @@ def _shards(
     graded: list[tuple[str, str]] = []
     correct, total = 0, -(-len(units) // shape.contexts)
 
-    def make(part: Sequence[Any], tokens: list[int]) -> list[dict[str, Any]]:
+    def make(part: Sequence[Any], tokens: list[int], owner: int) -> list[dict[str, Any]]:
         with run.work(stage, tokens):
             groups = [group(unit) for unit in part]
             several = generate(run.teacher, groups, shape, drawn)
@@ -199,11 +200,13 @@ def _shards(
                 for decoded in of_group
             ]
             tokens.extend(len(m.decoded.tokens) for m in made_rollouts)
-            return records(run, made_rollouts)
+            return records(run, made_rollouts, owner)
 
     for number in range(total):
         part, tokens = units[number * shape.contexts : (number + 1) * shape.contexts], list[int]()
-        table, _ = run.directory.shard(f"rollouts/{kind}-{number:05d}", functools.partial(make, part, tokens))
+        owner = number % processes.count()
+        rows = functools.partial(make, part, tokens, owner)
+        table, _ = run.directory.shard(f"rollouts/{kind}-{number:05d}", rows, owner=owner)
         new = list(zip(table["problem_id"].to_pylist(), table["grade"].to_pylist()))
         graded += new
         correct += sum(grade == "correct" for _, grade in new)
@@ -212,12 +215,12 @@ def _shards(
     return graded
 
 
-def records(run: Run, made: Sequence[Made]) -> list[dict[str, Any]]:
-    """Grade, split and score rollouts: rows of the rollout record (DESIGN section 6)."""
+def records(run: Run, made: Sequence[Made], owner: int = 0) -> list[dict[str, Any]]:
+    """Grade (in process `owner`), split and score rollouts: rows of the rollout record (DESIGN section 6)."""
     lm = run.teacher
     # Only what was decoded is graded: a kept prefix or a hint may hold an answer.
     texts = [lm.tokenizer.text(list(m.decoded.tokens)) for m in made]
-    grades = run.grader.grade_many([(m.problem, text, m.decoded.finish) for m, text in zip(made, texts)])
+    grades = run.grade([(m.problem, text, m.decoded.finish) for m, text in zip(made, texts)], owner)
     width = bucket(run.config.sample.max_new_tokens)
     index, starts, _ = split_steps(lm, [thinking_part(run, m.tokens) for m in made], width)
     scores = _pure(run, made, [g.grade for g in grades], index)

@@ -76,7 +76,9 @@ class MeshSpec:
     fsdp: int = 1
     """Shards weights and optimizer state where one device cannot hold them."""
     tensor: int = 1
-    """Splits heads, MLP and vocabulary where a layer is too wide for one device."""
+    """Splits heads, MLP and vocabulary where a layer is too wide for one device; must divide the key-value heads."""
+    expert: int = 1
+    """Splits the experts of a mixture; outside them, and for other models, one more axis to split rows over."""
 
 
 @dataclasses.dataclass(frozen=True)

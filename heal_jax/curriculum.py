@@ -9,6 +9,7 @@ from typing import Any
 from heal_jax import pace
 from heal_jax.errors import InputError, RunError
 from heal_jax.model.decoder import Model
+from heal_jax.processes import once
 from heal_jax.run import Run
 from heal_jax.store import DECISIONS, write_table
 from heal_jax.train.data import Example, read_stage, row_length, write_stage
@@ -20,6 +21,14 @@ STUDENTS = ("heal", "rejection_sampling")
 
 def curate(run: Run) -> None:
     """PURE and PACE: a decision for every rollout in decisions.parquet, the stages as datasets in curriculum/."""
+    record = once(lambda: _curate(run))
+    run.directory.finish("curate", **record)
+    sizes = ", ".join(f"stage {stage}: {figures['examples']}" for stage, figures in record["stages"].items())
+    run.progress.say(f"curate     {sizes} examples")
+
+
+def _curate(run: Run) -> dict[str, Any]:
+    """Writes all of it; what the manifest is to say."""
     config, tokenizer = run.config, run.teacher.tokenizer
     strata = run.directory.manifest["stages"]["sample"]["strata"]
     patterns = [re.compile(pattern) for pattern in config.gear.leak_patterns]
@@ -62,7 +71,7 @@ def curate(run: Run) -> None:
             else:
                 shutil.rmtree(folder, ignore_errors=True)
                 run.progress.say(f"curate     stage {stage} is empty: it is skipped, its steps go to the others")
-    record = {
+    return {
         "hindsight": _counts("hindsight", candidates, decisions),
         "repair": _counts("repair", candidates, decisions),
         "stages": {
@@ -73,9 +82,6 @@ def curate(run: Run) -> None:
             for stage, examples in stages.items()
         },
     }
-    run.directory.finish("curate", **record)
-    sizes = ", ".join(f"stage {stage}: {len(examples)}" for stage, examples in stages.items())
-    run.progress.say(f"curate     {sizes} examples")
 
 
 def _counts(kind: str, candidates: list[pace.Candidate], decisions: list[pace.Decision]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from heal_jax import processes
 from heal_jax.curriculum import train_one, training_plan
 from heal_jax.model.lm import LanguageModel
 from heal_jax.problems.sources import Problem
@@ -44,27 +45,28 @@ def evaluate_one(run: Run, name: str) -> None:
     shape = Shape(run.config.sample.batch // k, k, width, 0, most)
     drawn = rules(dataclasses.replace(run.config.sample, temperature=spec.temperature))
 
-    def samples(part: Sequence[Problem], tokens: list[int]) -> list[dict[str, Any]]:
+    def samples(part: Sequence[Problem], tokens: list[int], owner: int) -> list[dict[str, Any]]:
         lm = model()
         with run.work("evaluate", tokens):
             ids = {p.id: tuple(f"{p.id}/evaluate/{i}/s{run.config.seed}" for i in range(k)) for p in part}
             groups = [Group(prompts[p.id], (), ids[p.id], most) for p in part]
             decoded = [d for several in generate(lm, groups, shape, drawn) for d in several]
             tokens.extend(len(d.tokens) for d in decoded)
-            owners = [p for p in part for _ in range(k)]
+            problems = [p for p in part for _ in range(k)]
             texts = [lm.tokenizer.text(list(d.tokens)) for d in decoded]
-            grades = run.grader.grade_many([(p, text, d.finish) for p, text, d in zip(owners, texts, decoded)])
+            grades = run.grade([(p, text, d.finish) for p, text, d in zip(problems, texts, decoded)], owner)
             return [
                 {"model": name, "problem_id": p.id, "sample": i % k, "tokens": d.tokens, "grade": grade.grade}
-                for i, (p, d, grade) in enumerate(zip(owners, decoded, grades))
+                for i, (p, d, grade) in enumerate(zip(problems, decoded, grades))
             ]
 
     total, correct, seen = -(-len(run.held_out) // shape.contexts), 0, 0
     for number in range(total):
         part = run.held_out[number * shape.contexts : (number + 1) * shape.contexts]
         tokens: list[int] = []
-        make = functools.partial(samples, part, tokens)
-        table, _ = run.directory.shard(f"evaluation/{name}-{number:05d}", make, EVALUATION)
+        owner = number % processes.count()
+        make = functools.partial(samples, part, tokens, owner)
+        table, _ = run.directory.shard(f"evaluation/{name}-{number:05d}", make, EVALUATION, owner)
         grades = table.column("grade").to_pylist()
         correct, seen = correct + grades.count("correct"), seen + len(grades)
         run.progress.update(f"evaluate {name}", number + 1, total, f"{correct / seen:.1%} correct", sum(tokens))

@@ -8,6 +8,7 @@ from heal_jax.evaluate import trained
 from heal_jax.model.config import both_spellings, read_config_json
 from heal_jax.model.lm import LanguageModel
 from heal_jax.model.weights import save_weights
+from heal_jax.processes import primary
 from heal_jax.run import Run
 
 # What a tokenizer may consist of; copied byte for byte, so that every engine reads what the source model shipped.
@@ -37,6 +38,8 @@ def save(lm: LanguageModel, folder: Path) -> None:
 
     Written beside it first and renamed, so that the folder is whole or not there.
     """
+    if not primary():
+        return save_weights(lm.model, folder)  # its part in gathering them
     partial, old = (folder.with_name(f".{folder.name}.{state}") for state in ("partial", "old"))
     for leftover in (partial, old):
         shutil.rmtree(leftover, ignore_errors=True)

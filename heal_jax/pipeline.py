@@ -6,6 +6,7 @@ from heal_jax.collect import hindsight, repair, sample
 from heal_jax.curriculum import curate, train_students
 from heal_jax.evaluate import evaluate
 from heal_jax.export import export
+from heal_jax.processes import primary
 from heal_jax.report.page import write_report
 from heal_jax.run import Run
 from heal_jax.summary import summarise
@@ -37,9 +38,13 @@ def run_stages(run: Run, names: list[str]) -> None:
         if run.directory.done(name) is None:
             STAGES[name](run)
             if name != names[-1]:
-                summarise(run)
-                write_report(run.root)
+                _tell(run)
         else:
             run.progress.say(f"{name:<10} done before")
-    summarise(run)
-    write_report(run.root)
+    _tell(run)
+
+
+def _tell(run: Run) -> None:
+    if primary():
+        summarise(run)
+        write_report(run.root)

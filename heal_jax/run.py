@@ -17,17 +17,19 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
-from heal_jax import __version__
+from heal_jax import __version__, processes
 from heal_jax.config import Config, dump, flatten, to_dict, validate
 from heal_jax.config import load as load_config
+from heal_jax.divide import require, sizes, undivided
 from heal_jax.errors import InputError, RunError
 from heal_jax.model.config import decoder_config
 from heal_jax.model.lm import LanguageModel, open_model, open_tokenizer, resolve
 from heal_jax.model.mesh import make_mesh
 from heal_jax.model.tokenizer import Tokenizer
 from heal_jax.model.weights import check as check_weights
-from heal_jax.problems.grading import Grader
+from heal_jax.problems.grading import Grade, Grader
 from heal_jax.problems.sources import Problem, check_disjoint, load
 from heal_jax.progress import Progress
 from heal_jax.shapes import bucket
@@ -47,7 +49,7 @@ class Run:
     held_out: list[Problem]
     grader: Grader
     progress: Progress
-    mesh: jax.sharding.Mesh
+    mesh: Mesh
 
     @property
     def root(self) -> Path:
@@ -81,8 +83,15 @@ class Run:
         account["seconds"] = round(account["seconds"] + time.perf_counter() - start, 3)
         account["tokens"] += sum(tokens or ())
 
+    def grade(self, items: Sequence[tuple[Problem, str, str]], owner: int) -> list[Grade]:
+        """Grades of (problem, text, finish), decided by process `owner`: a deadline may fall differently elsewhere."""
+        graded = processes.once(lambda: [dataclasses.astuple(g) for g in self.grader.grade_many(items)], by=owner)
+        return [Grade(*values) for values in graded]
+
     def log(self, event: str, **values: Any) -> None:
         """Append one line to metrics.jsonl. A torn last line of an interrupted run is closed first."""
+        if not processes.primary():
+            return
         path = self.root / "metrics.jsonl"
         with open(path, "a+b") as file:
             if file.tell():
@@ -108,6 +117,8 @@ def open_run(
     check_disjoint(problems, held_out)
     mesh = make_mesh(dataclasses.asdict(config.mesh))
     folders = {"teacher": resolve(config.teacher), "student": resolve(config.student)}
+    split = sizes(config, {name: decoder_config(folder) for name, folder in folders.items()})
+    require(mesh.shape, split)
     tokenizer = open_tokenizer(folders["teacher"])
     _same_prompts_and_ids(tokenizer, open_tokenizer(folders["student"]), problems[0].question)
     _fits(config, tokenizer, [*problems, *held_out], list(folders.values()))
@@ -117,37 +128,49 @@ def open_run(
         "models": {
             name: {
                 "path": str(folder),
-                "sha256": folder_sha256(folder),
+                "sha256": processes.once(functools.partial(folder_sha256, folder)),
                 "vocab_size": decoder_config(folder).vocab_size,
             }
             for name, folder in folders.items()
         },
         "problems": _hash([(p.id, p.question, p.answer) for p in (*problems, *held_out)]),
     }
-    _reopen(config, out, facts, needs)
+    directory = _reopen(config, out, facts, needs)
     _writable(out)
-    out.mkdir(parents=True, exist_ok=True)
-    with _lock(out), Grader(config.grade) as grader:
-        directory = _reopen(config, out, facts, needs)  # again: another process may have worked in it until now
-        if not (out / "config.yaml").is_file():
-            write_text(out / "config.yaml", dump(config))
-        circumstances = {
-            "heal_jax": __version__,
-            "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-            "python": platform.python_version(),
-            "device": {"kind": jax.devices()[0].device_kind, "count": jax.device_count(), "processor": _processor()},
-            "mesh": dict(mesh.shape),
-            "threads": int(os.environ.get("NPROC", os.cpu_count() or 1)),
-        }
-        begun = {name: directory.manifest[name] for name in circumstances if name in directory.manifest}
-        if not begun:
-            seeds = {"run": config.seed, "problems": config.problems.seed, "evaluate": config.evaluate.problems.seed}
-            directory.update(**circumstances, seeds=seeds, command=command, **facts)
-        elif begun != circumstances:
-            changed = [name for name in circumstances if begun.get(name) != circumstances[name]]
-            progress.say(f"note: {', '.join(changed)} differ from when {out} was begun; the bytes may, too")
-            directory.update(also=[*directory.manifest.get("also", []), circumstances])
+    with _lock(out) if processes.primary() else contextlib.nullcontext(), Grader(config.grade) as grader:
+        if processes.primary():
+            directory = _reopen(config, out, facts, needs)  # again: another process may have worked in it until now
+            _enter(directory, config, mesh, facts, command, progress)
+        directory.manifest = processes.once(lambda: directory.manifest)
+        for size in undivided(mesh.shape, split):
+            progress.say(f"note: the mesh does not divide {size.what}; it stays whole on every device")
         yield Run(config, directory, problems, held_out, grader, progress, mesh)
+
+
+def _enter(
+    directory: RunDirectory, config: Config, mesh: Mesh, facts: dict[str, Any], command: str, progress: Progress
+) -> None:
+    """Write the config of a new directory, and under what circumstances it is worked in."""
+    out = directory.root
+    if not (out / "config.yaml").is_file():
+        write_text(out / "config.yaml", dump(config))
+    circumstances = {
+        "heal_jax": __version__,
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "device": {"kind": jax.devices()[0].device_kind, "count": jax.device_count(), "processor": _processor()},
+        "processes": processes.count(),
+        "mesh": dict(mesh.shape),
+        "threads": int(os.environ.get("NPROC", os.cpu_count() or 1)),
+    }
+    begun = {name: directory.manifest[name] for name in circumstances if name in directory.manifest}
+    if not begun:
+        seeds = {"run": config.seed, "problems": config.problems.seed, "evaluate": config.evaluate.problems.seed}
+        directory.update(**circumstances, seeds=seeds, command=command, **facts)
+    elif begun != circumstances:
+        changed = [name for name in circumstances if begun.get(name) != circumstances[name]]
+        progress.say(f"note: {', '.join(changed)} differ from when {out} was begun; the bytes may, too")
+        directory.update(also=[*directory.manifest.get("also", []), circumstances])
 
 
 def _hash(data: Any) -> str:
@@ -245,7 +268,8 @@ def _reopen(config: Config, out: Path, facts: dict[str, Any], needs: Sequence[st
 
 @contextlib.contextmanager
 def _lock(out: Path) -> Iterator[None]:
-    """One process a directory. Raises RunError where another one works in it."""
+    """Make the directory; one run works in it. Raises RunError where another one does."""
+    out.mkdir(parents=True, exist_ok=True)
     with open(out / ".lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from heal_jax.errors import InputError
+from heal_jax.processes import once, primary
 
 INTS, FLOATS = pa.list_(pa.int32()), pa.list_(pa.float32())
 
@@ -124,7 +125,7 @@ class RunDirectory:
     """A run directory and its manifest.
 
     Stages are marked done with what they found; shards are listed with their checksums. Every change is on disk
-    before the call returns.
+    before the call returns. Of several processes each keeps the manifest in mind and the first one writes it.
     """
 
     def __init__(self, root: Path):
@@ -141,7 +142,8 @@ class RunDirectory:
 
     def update(self, **entries: Any) -> None:
         self.manifest |= entries
-        write_json(self._path, self.manifest)
+        if primary():
+            write_json(self._path, self.manifest)
 
     def done(self, stage: str) -> dict[str, Any] | None:
         """What a finished stage recorded, or None."""
@@ -152,21 +154,26 @@ class RunDirectory:
         self.update()
 
     def shard(
-        self, name: str, make: Callable[[], list[dict[str, Any]]], schema: pa.Schema = ROLLOUTS
+        self, name: str, make: Callable[[], list[dict[str, Any]]], schema: pa.Schema = ROLLOUTS, owner: int = 0
     ) -> tuple[pa.Table, bool]:
         """The table of a shard, made only where it is not there yet; and whether it was made now.
 
-        Raises InputError where the file is there but is not what was written.
+        All processes make it, process `owner` writes it. Raises InputError where the file is there but is not what was
+        written.
         """
         path = self.root / f"{name}.parquet"
         recorded = self.manifest["shards"].get(name)
-        if recorded is not None and path.is_file():
+        if once(lambda: recorded is not None and path.is_file()):
             if file_sha256(path) != recorded:
                 raise InputError(f"{path}: changed or damaged since it was written; delete it and run again")
             return read_table(path), False
         rows = make()
-        write_table(path, rows, schema)
-        self.manifest["shards"][name] = file_sha256(path)
+
+        def write() -> str:
+            write_table(path, rows, schema)
+            return file_sha256(path)
+
+        self.manifest["shards"][name] = once(write, by=owner)
         self.update()
         return read_table(path), True
 

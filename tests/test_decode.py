@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from test_model import hf_folder, hf_logits
 
 from heal_jax.config import SampleSpec
-from heal_jax.model.mesh import make_mesh, put_batch
+from heal_jax.model.mesh import make_mesh, put_batch, using
 from heal_jax.model.weights import load
 from heal_jax.rollout.decode import entropy_of, roll_out, score
 from heal_jax.rollout.generate import key_of, pad_rows
@@ -35,11 +35,10 @@ def sample(model, contexts, names, *, hints=None, repeats=1, rules=(), max_new=1
     hint, hint_length = pad_rows(hints or [[]] * len(contexts), 4 if hints else 0, len(contexts))
     keys = np.stack([key_of(name) for name in names])
     limit = np.full(len(names), max_new if budget is None else budget, np.int32)
-    arrays = put_batch(mesh, (context, context_length, hint, hint_length, keys, limit))
-    out = roll_out(
-        model.graph, model.params, *arrays, jnp.asarray(eos), rules=tuple(rules), repeats=repeats, max_new=max_new
-    )
-    return jax.device_get(out)
+    arrays = *put_batch(mesh, (context, context_length, hint, hint_length), "context"), *put_batch(mesh, (keys, limit))
+    static = {"rules": tuple(rules), "repeats": repeats, "max_new": max_new}
+    with using(mesh):
+        return jax.device_get(roll_out(model.graph, model.params, *arrays, jnp.asarray(eos), **static))
 
 
 def log_softmax(logits):
@@ -110,8 +109,8 @@ def test_neighbours_order_and_batch_do_not_change_a_rollout(models):
     assert not np.array_equal(doubled.tokens[0], doubled.tokens[1])
 
 
-def test_on_a_mesh(models):
-    model, _ = models
+def test_on_a_mesh(teacher):
+    model = teacher.model
     mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     from heal_jax.model.weights import shardings
 

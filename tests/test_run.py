@@ -89,7 +89,7 @@ def test_files_and_figures_agree(tiny):
         assert set(figures["per_level"]) == {"easy", "medium", "hard"}
     manifest = json.loads((out / "manifest.json").read_text())
     assert set(manifest["models"]) == {"teacher", "student"} and manifest["versions"]["jax"]
-    assert manifest["seeds"]["run"] == 0 and manifest["mesh"] == {"data": 1, "fsdp": 1, "tensor": 1}
+    assert manifest["seeds"]["run"] == 0 and manifest["mesh"] == {"data": 1, "fsdp": 1, "tensor": 1, "expert": 1}
 
 
 def test_hints_are_in_no_training_text(tiny):
@@ -197,6 +197,8 @@ def test_damage_is_named(tiny, tmp_path, capsys):
         ("grade: {timeout: .inf}", "grade.timeout"),
         ("sample: {max_new_tokens: 4000}", "positions"),
         ("mesh: {data: 3}", "devices"),
+        ("mesh: {tensor: 2}", "the student's 3 key-value heads; nearest: tensor=1"),
+        ("train: {batch: 12}", "data=8 does not divide train.batch 12"),
         ("- 1", "mapping"),
         ("a: [", "not valid YAML"),
     ],

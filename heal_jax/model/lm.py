@@ -4,13 +4,16 @@ import dataclasses
 import functools
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from heal_jax.config import ModelSpec
 from heal_jax.errors import InputError
 from heal_jax.model.config import decoder_config
 from heal_jax.model.decoder import Model
+from heal_jax.model.mesh import put_batch
 from heal_jax.model.tokenizer import Tokenizer
 from heal_jax.model.weights import load
 from heal_jax.world import model_folder
@@ -37,9 +40,9 @@ class LanguageModel:
     mesh: Mesh | None
 
     @functools.cached_property
-    def eos_ids(self) -> jnp.ndarray:
-        """[E] int32."""
-        return jnp.asarray(self.tokenizer.eos_ids, jnp.int32)
+    def eos_ids(self) -> jax.Array:
+        """[E] int32, on every device."""
+        return put_batch(self.mesh, np.asarray(self.tokenizer.eos_ids, np.int32), None)
 
     def with_params(self, model: Model) -> "LanguageModel":
         """The same tokenizer and folder with other weights."""

@@ -1,57 +1,107 @@
-"""The device mesh and the one table from logical axes to mesh axes."""
+"""The device mesh and the one table from logical axes to mesh axes.
 
+Axes are Auto: this table places the arrays, the compiler places the collectives.
+"""
+
+import contextlib
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
+from jax import Array
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from heal_jax.errors import InputError
 
 AXES = ("data", "fsdp", "tensor", "expert")
 
-# Batches are split over data and fsdp; weights over fsdp along hidden and over tensor along the wide axis
-# (Megatron's column-then-row layout, one all-reduce a half block).
-RULES: dict[str, str | tuple[str, ...]] = {
-    "batch": ("data", "fsdp", "expert"),
-    "hidden": "fsdp",
-    "vocab": "tensor",
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "mlp": "tensor",
-    "expert": "expert",
-    "context": ("data", "fsdp", "expert"),
+# Weights are split over fsdp along hidden and over tensor along the wide axis (Megatron's column-then-row layout, one
+# all-reduce a half block), the experts of a mixture over expert. Batches are split over data and fsdp, and over expert
+# too, as MaxText does: outside the experts a layer would else compute and cache the same rows once an expert group.
+# So for a model without experts the expert axis is one more data axis.
+_BATCH = ("data", "fsdp", "expert")
+RULES: dict[str, tuple[str, ...]] = {
+    "batch": _BATCH,
+    "context": _BATCH,
+    "hidden": ("fsdp",),
+    "vocab": ("tensor",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+    "expert": ("expert",),
 }
+# Logical axes that stay whole where their mesh axes do not divide them; `open_run` says so. Vocabularies of odd sizes
+# are common (tokens were added) and only embedding and logits have one; contexts are few, their rollouts are many.
+MAY_STAY_WHOLE = ("vocab", "context")
 
 
-def make_mesh(shape: dict[str, int]) -> Mesh:
-    """A mesh with axes data, fsdp, tensor over all devices; one axis may be -1 (what is left).
+def mesh_shape(wanted: Mapping[str, int], devices: int) -> dict[str, int]:
+    """The size of every axis over `devices` devices; one axis of `wanted` may be -1 (what is left).
 
-    Axes are Auto: the compiler places the collectives, this table places the arrays.
+    Raises InputError where the sizes do not make up the devices, with the nearest that do.
     """
-    devices = jax.device_count()
-    sizes = [shape.get(axis, 1) for axis in AXES]
-    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-        raise InputError(f"mesh {shape}: sizes are positive, and at most one is -1 (what is left)")
-    known = math.prod(size for size in sizes if size != -1)
-    if -1 in sizes:
-        sizes[sizes.index(-1)] = max(1, devices // known)
-    if math.prod(sizes) != devices:
+    shape = {axis: wanted.get(axis, 1) for axis in AXES}
+    if list(shape.values()).count(-1) > 1 or any(size < 1 and size != -1 for size in shape.values()):
+        raise InputError(f"mesh {describe(shape)}: sizes are positive, and at most one is -1 (what is left)")
+    known = math.prod(size for size in shape.values() if size != -1)
+    filled = {axis: max(1, devices // known) if size == -1 else size for axis, size in shape.items()}
+    if (needed := math.prod(filled.values())) != devices:
         raise InputError(
-            f"mesh {dict(zip(AXES, sizes))} needs {math.prod(sizes)} devices, there are {devices}; "
-            f"set one axis to -1 or make the product {devices}"
+            f"mesh {describe(shape)} needs {needed} devices, there are {devices}; "
+            f"nearest: {describe(nearest(filled, shapes(devices)))}"
         )
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return filled
+
+
+def shapes(devices: int) -> list[dict[str, int]]:
+    """Every mesh shape over `devices` devices."""
+
+    def split(count: int, axes: tuple[str, ...]) -> list[dict[str, int]]:
+        if len(axes) == 1:
+            return [{axes[0]: count}]
+        sizes = [size for size in range(1, count + 1) if count % size == 0]
+        return [{axes[0]: size, **rest} for size in sizes for rest in split(count // size, axes[1:])]
+
+    return split(devices, AXES)
+
+
+def nearest(shape: Mapping[str, int], candidates: list[dict[str, int]]) -> dict[str, int]:
+    """The candidate that differs least: by the factors between the sizes, then by the number of axes that change, then
+    with the least on expert, on tensor, on fsdp (which cost communication)."""
+
+    def distance(candidate: dict[str, int]) -> tuple[float, ...]:
+        factors = [abs(math.log(candidate[axis] / shape[axis])) for axis in AXES]
+        return round(sum(factors), 9), sum(f > 0 for f in factors), *(candidate[axis] for axis in reversed(AXES))
+
+    return min(candidates, key=distance)
+
+
+def describe(shape: Mapping[str, int]) -> str:
+    """As on a command line, without the axes of size 1: "data=4 tensor=2"."""
+    return " ".join(f"{axis}={size}" for axis, size in shape.items() if size != 1) or "data=1"
+
+
+def make_mesh(wanted: Mapping[str, int]) -> Mesh:
+    """A mesh with AXES over all devices (of all processes); one axis may be -1 (what is left). Raises InputError."""
+    shape = mesh_shape(wanted, jax.device_count())
+    return jax.make_mesh(tuple(shape.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def spec(mesh: Mesh | AbstractMesh, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> PartitionSpec:
-    """The partition of an array with these logical axes. An axis that its mesh axes do not divide stays whole."""
+    """The partition of an array with these logical axes.
+
+    Raises InputError where the mesh does not divide an axis that may not stay whole.
+    """
     entries = []
-    for axis, size in zip(axes, shape):
+    for axis, size in zip(axes, shape, strict=True):
         names = RULES[axis] if axis is not None else ()
-        names = (names,) if isinstance(names, str) else names
-        divides = size % math.prod(mesh.shape[name] for name in names) == 0
-        entries.append(names if names and divides else None)
+        parts = math.prod(mesh.shape[name] for name in names)
+        if size % parts and axis not in MAY_STAY_WHOLE:
+            sizes = describe({name: mesh.shape[name] for name in names})
+            raise InputError(f"mesh {sizes} does not divide {axis} ({size}); choose sizes that do")
+        entries.append(names if names and size % parts == 0 else None)
     return PartitionSpec(*entries)
 
 
@@ -64,6 +114,28 @@ def sharding(
     return NamedSharding(mesh, spec(mesh, axes, shape))
 
 
-def put_batch(mesh: Mesh | None, tree: Any) -> Any:
-    """Host arrays to devices, the first axis split over data and fsdp."""
-    return jax.tree.map(lambda x: jax.device_put(x, sharding(mesh, ("batch",) + (None,) * (x.ndim - 1), x.shape)), tree)
+def batch_parts(mesh: Mesh | None) -> int:
+    """How many parts a batch is split into."""
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in RULES["batch"])
+
+
+def using(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
+    """`with using(mesh):` compiled functions see the mesh, for `constrain`."""
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def constrain(x: Array, *axes: str | None) -> Array:
+    """Inside a compiled function: x, split as its logical axes say over the mesh of `using`; without one, x."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return x if mesh.empty else jax.lax.with_sharding_constraint(x, spec(mesh, axes, x.shape))
+
+
+def put_batch(mesh: Mesh | None, tree: Any, axis: str | None = "batch") -> Any:
+    """Host arrays to devices, the first axis split as logical `axis`. Every process gives the same whole arrays."""
+
+    def place(x: Any) -> Array:
+        x = np.asarray(x)
+        where = sharding(mesh, (axis, *(None,) * (x.ndim - 1)), x.shape)
+        return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
+
+    return jax.tree.map(place, tree)

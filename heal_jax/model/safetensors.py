@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from heal_jax.errors import InputError
+from heal_jax.processes import primary
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 2 << 30  # of a written file: also what a writer holds at once
@@ -79,7 +80,8 @@ def _open(path: Path) -> safe_open:
 def write(folder: Path, tensors: Iterator[tuple[str, int, object]], limit: int = SHARD_BYTES) -> None:
     """Write tensors as model.safetensors, or where they exceed `limit` bytes as shards with an index.
 
-    tensors: name, size in bytes, and a function that gives the array; called one shard at a time.
+    tensors: name, size in bytes, and a function that gives the array; called one shard at a time, by every process;
+    the first one writes.
     """
     shards: list[list[tuple[str, int, object]]] = [[]]
     room = limit
@@ -94,8 +96,9 @@ def write(folder: Path, tensors: Iterator[tuple[str, int, object]], limit: int =
         names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     for name, shard in zip(names, shards):
         arrays = {tensor: np.ascontiguousarray(get()) for tensor, _, get in shard}  # type: ignore[operator]
-        save_file(arrays, folder / name, metadata={"format": "pt"})
-    if len(shards) > 1:
+        if primary():
+            save_file(arrays, folder / name, metadata={"format": "pt"})
+    if len(shards) > 1 and primary():
         weight_map = {tensor: name for name, shard in zip(names, shards) for tensor, _, _ in shard}
         total = sum(size for shard in shards for _, size, _ in shard)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}

@@ -22,6 +22,7 @@ from heal_jax.model import safetensors
 from heal_jax.model.config import DecoderConfig, decoder_config
 from heal_jax.model.decoder import Model, abstract
 from heal_jax.model.mesh import sharding
+from heal_jax.processes import fetch
 
 Path_ = tuple[Any, ...]
 Index = tuple[slice, ...]
@@ -208,12 +209,12 @@ def _put(stack: Array, value: Array, at: int) -> Array:
 
 
 def save_weights(model: Model, folder: Path, limit: int = safetensors.SHARD_BYTES) -> None:
-    """Write the parameters under Hugging Face names, in files of at most `limit` bytes."""
+    """Write the parameters under Hugging Face names, in files of at most `limit` bytes; the first process writes."""
     flat: dict[Any, Any] = dict(nnx.to_flat_state(model.params))
 
     def host(row: Row) -> np.ndarray:
         array = flat[row.path][...]
-        value = np.asarray(jax.device_get(array if row.expert is None else array[row.expert]))
+        value = np.asarray(fetch(array if row.expert is None else array[row.expert]))
         return value.T if row.transposed else value
 
     def sized(row: Row) -> int:

@@ -14,6 +14,7 @@ from flax import nnx
 from jax import Array
 
 from heal_jax.model.decoder import Cache, Decoder, empty_cache, repeat_rows
+from heal_jax.model.mesh import constrain
 from heal_jax.rollout.sampling import Rule, apply
 
 
@@ -52,6 +53,15 @@ def entropy_of(logits: Array) -> tuple[Array, Array]:
     total = jnp.sum(weights, axis=-1)
     entropy = jnp.log(total) - jnp.sum(weights * shifted, axis=-1) / total
     return jnp.maximum(entropy, 0.0), jnp.log(total) + peak[..., 0]
+
+
+def placed(cache: Cache, rows: str) -> Cache:
+    """The cache split over the mesh: rows as logical axis `rows` says, and key-value heads."""
+
+    def split(layers: tuple[Array, ...]) -> tuple[Array, ...]:
+        return tuple(constrain(x, rows, "kv_heads", None, None) for x in layers)
+
+    return Cache(split(cache.keys), split(cache.values), constrain(cache.length, rows))
 
 
 def decode(
@@ -99,9 +109,10 @@ def decode(
         new = Rollouts(tokens, entropies, logprobs, sampling, length, old.stopped | (state.active & ended))
         active = state.active & ~ended & (length < budget)
         hidden, cache = model.extend(token[:, None], active.astype(jnp.int32), state.cache)
-        return State(state.step + 1, model.logits(hidden[:, 0]), cache, active, new)
+        following = constrain(model.logits(hidden[:, 0]), "batch", "vocab")
+        return State(state.step + 1, following, placed(cache, "batch"), active, new)
 
-    start = State(jnp.int32(0), logits, cache, budget > 0, out)
+    start = State(jnp.int32(0), constrain(logits, "batch", "vocab"), placed(cache, "batch"), budget > 0, out)
     return jax.lax.while_loop(condition, step, start).out
 
 
@@ -130,6 +141,7 @@ def roll_out(
     model = nnx.merge(graph, params)
     width = context.shape[1] + hint.shape[1]
     cache = empty_cache(model.config, context.shape[0], width + max_new, model.embed[...].dtype)
+    cache = placed(cache, "context")
     hidden, cache = model.extend(context, context_length, cache)
     last = _last(hidden, context_length)
     if hint.shape[1]:
@@ -153,14 +165,14 @@ def score(graph: nnx.GraphDef, params: nnx.State, tokens: Array, *, chunk: int =
     entry 0 is 0.
     """
     model = nnx.merge(graph, params)
-    hidden = model(tokens[:, :-1])
+    hidden = constrain(model(tokens[:, :-1]), "batch", None, None)
     rows, length, width = hidden.shape
     pad = -length % chunk
     hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0))).reshape(rows, -1, chunk, width).swapaxes(0, 1)
     targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, pad))).reshape(rows, -1, chunk).swapaxes(0, 1)
 
     def part(args: tuple[Array, Array]) -> tuple[Array, Array]:
-        logits = model.logits(args[0])
+        logits = constrain(model.logits(args[0]), "batch", None, "vocab")
         entropy, log_z = entropy_of(logits)
         return jnp.take_along_axis(logits, args[1][..., None], axis=-1)[..., 0] - log_z, entropy
 

@@ -4,12 +4,12 @@ import dataclasses
 import hashlib
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from heal_jax.model.lm import LanguageModel
-from heal_jax.model.mesh import put_batch
+from heal_jax.model.mesh import batch_parts, put_batch, using
+from heal_jax.processes import fetch
 from heal_jax.rollout.decode import key_words, roll_out, score
 from heal_jax.rollout.sampling import Rule
 from heal_jax.rollout.steps import find_steps
@@ -74,17 +74,19 @@ def generate(lm: LanguageModel, groups: Sequence[Group], shape: Shape, rules: tu
         for j, rollout_id in enumerate(group.rollout_ids):
             keys[i * shape.repeats + j] = key_of(rollout_id)
             budget[i * shape.repeats + j] = min(group.budget, shape.max_new)
-    arrays = put_batch(lm.mesh, (context, context_length, hint, hint_length, keys, budget))
-    out = roll_out(
-        lm.model.graph,
-        lm.model.params,
-        *arrays,
-        lm.eos_ids,
-        rules=rules,
-        repeats=shape.repeats,
-        max_new=bucket(shape.max_new),
-    )
-    tokens, entropy, logprob, sampling, length, stopped = jax.device_get(out)
+    contexts = put_batch(lm.mesh, (context, context_length, hint, hint_length), "context")
+    with using(lm.mesh):
+        out = roll_out(
+            lm.model.graph,
+            lm.model.params,
+            *contexts,
+            *put_batch(lm.mesh, (keys, budget)),
+            lm.eos_ids,
+            rules=rules,
+            repeats=shape.repeats,
+            max_new=bucket(shape.max_new),
+        )
+    tokens, entropy, logprob, sampling, length, stopped = fetch(out)
 
     def decoded(row: int, rollout_id: str) -> Decoded:
         n = int(length[row])
@@ -102,14 +104,17 @@ def score_sequences(
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Teacher-forced log-probability and entropy of every token of each sequence, [n] float32 each.
 
-    Identical sequences are computed once, in batches of [rows, width].
+    Identical sequences are computed once, in batches of [rows, width] (more rows where the mesh does not divide them).
     """
+    rows += -rows % batch_parts(lm.mesh)
     distinct = list(dict.fromkeys(sequences))
     found: dict[tuple[int, ...], tuple[np.ndarray, np.ndarray]] = {}
     for start in range(0, len(distinct), rows):
         part = distinct[start : start + rows]
         tokens, _ = pad_rows(part, width, rows)
-        logprob, entropy = jax.device_get(score(lm.model.graph, lm.model.params, put_batch(lm.mesh, tokens)))
+        with using(lm.mesh):
+            scored = score(lm.model.graph, lm.model.params, put_batch(lm.mesh, tokens))
+        logprob, entropy = fetch(scored)
         found |= {seq: (logprob[i, : len(seq)], entropy[i, : len(seq)]) for i, seq in enumerate(part)}
     return [found[sequence] for sequence in sequences]
 

@@ -21,15 +21,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
 from heal_jax.config import TrainSpec
 from heal_jax.errors import RunError
 from heal_jax.model.decoder import Model
-from heal_jax.model.mesh import put_batch
+from heal_jax.model.mesh import put_batch, using
 from heal_jax.model.weights import shardings
+from heal_jax.processes import once
 from heal_jax.train.data import Example, batches
 from heal_jax.train.step import train_step
 
@@ -138,7 +138,7 @@ def train(
     pinned = None if mesh is None else tuple(leaf.sharding for leaf in leaves)
     identity = _identity(model, phases, spec, length, pad_id, seed)
     folder = folder.resolve()
-    _remove_torn(folder)
+    once(lambda: _remove_torn(folder))
     with ocp.training.Checkpointer(
         folder, preservation_policy=ocp.training.preservation_policies.LatestN(KEEP)
     ) as checkpointer:
@@ -152,9 +152,10 @@ def train(
             if not mask.any():
                 raise RunError(f"training step {step} ({phase}): the batch has no token to learn; look at its examples")
             batch = put_batch(mesh, (tokens, mask))
-            params, opt_state, metrics = train_step(
-                model.graph, transform, state["params"], state["opt_state"], *batch, dtype, pinned, spec.remat
-            )
+            with using(mesh):
+                params, opt_state, metrics = train_step(
+                    model.graph, transform, state["params"], state["opt_state"], *batch, dtype, pinned, spec.remat
+                )
             state = {"params": params, "opt_state": opt_state}
             loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
             if not (math.isfinite(loss) and math.isfinite(grad_norm)):
@@ -172,7 +173,9 @@ def train(
             if ends or step % LOG_EVERY == 0:
                 measured = {"loss": loss, "grad_norm": grad_norm, "learning_rate": float(rate(step - 1))}
                 log({"phase": phase, **measured, **dataclasses.asdict(progress)})
-            if ends or _agreed(time.monotonic() - saved_at >= checkpoint_seconds):
+            # The first process decides for all: their clocks differ, and a save needs every one of them.
+            due = time.monotonic() - saved_at >= checkpoint_seconds
+            if ends or once(functools.partial(bool, due)):
                 metadata = {"training": identity, "progress": dataclasses.asdict(progress)}
                 checkpointer.save_async(step, state, force=True, custom_metadata=metadata)
                 saved_at = time.monotonic()
@@ -268,8 +271,3 @@ def _remove_torn(folder: Path) -> None:
     for step in folder.glob("[0-9]*"):
         if not (step / "commit_success.txt").is_file():
             shutil.rmtree(step, ignore_errors=True)
-
-
-def _agreed(due: bool) -> bool:
-    """The first process decides for all: their clocks differ, and a save needs every one of them."""
-    return bool(multihost_utils.broadcast_one_to_all(np.asarray(due))) if jax.process_count() > 1 else due

@@ -9,6 +9,8 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Sharding
 
+from heal_jax.model.mesh import constrain
+
 LOSS_CHUNK = 512  # positions whose logits are held at once: [8, 16k, 152k] of them would be 80 GB
 
 
@@ -19,11 +21,12 @@ def token_losses(graph: nnx.GraphDef, params: nnx.State, tokens: Array, *, remat
     remat: compute the blocks again in the backward pass, as beyond LOSS_CHUNK tokens the logits always are.
     """
     model = nnx.merge(graph, params)
-    hidden, targets = model(tokens[:, :-1], remat=remat), tokens[:, 1:]
+    hidden, targets = constrain(model(tokens[:, :-1], remat=remat), "batch", None, None), tokens[:, 1:]
     rows, length = targets.shape
 
     def part(args: tuple[Array, Array]) -> Array:
-        return optax.softmax_cross_entropy_with_integer_labels(model.logits(args[0]), args[1])
+        logits = constrain(model.logits(args[0]), "batch", None, "vocab")
+        return optax.softmax_cross_entropy_with_integer_labels(logits, args[1])
 
     if length <= LOSS_CHUNK:
         losses = part((hidden, targets))
