@@ -197,6 +197,8 @@ class TrainSpec:
     """Runs are short; decay would only pull the student away from what it knows."""
     clip_norm: Positive = 1.0
     """Global gradient norm."""
+    remat: bool = False
+    """Compute each block again in the backward pass: a third more time, a fraction of the memory (long examples)."""
     max_tokens: Count = 256
     """Longest example, prompt included; longer ones are left out, with that reason in decisions.parquet."""
 

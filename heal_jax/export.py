@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 from heal_jax.evaluate import trained
-from heal_jax.model.config import config_json
+from heal_jax.model.config import both_spellings, read_config_json
 from heal_jax.model.lm import LanguageModel
 from heal_jax.model.weights import save_weights
 from heal_jax.processes import primary
@@ -45,12 +45,12 @@ def save(lm: LanguageModel, folder: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir(parents=True)
     dtype = str(lm.model.params["embed"][...].dtype)
-    config = config_json(lm.model.config, dtype, lm.tokenizer.eos_ids, lm.tokenizer.hf.pad_token_id)
+    config = both_spellings(read_config_json(lm.folder), dtype)
     (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for name in TOKENIZER_FILES:
         if (lm.folder / name).is_file():
             shutil.copyfile(lm.folder / name, partial / name)
-    save_weights(lm.model, partial / "model.safetensors")
+    save_weights(lm.model, partial)
     if folder.exists():
         folder.rename(old)
     partial.rename(folder)

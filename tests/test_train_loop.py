@@ -25,6 +25,7 @@ from heal_jax.config import TrainSpec
 from heal_jax.errors import RunError
 from heal_jax.model.config import DecoderConfig
 from heal_jax.model.decoder import Decoder, Model, initialise
+from heal_jax.model.rope import Rope
 from heal_jax.train import loop
 from heal_jax.train.data import Example, batches
 from heal_jax.train.loop import Phase, optimizer, schedule, stage_steps, train
@@ -39,10 +40,12 @@ CONFIG = DecoderConfig(
     num_heads=4,
     num_kv_heads=1,  # fewer than the tensor axis has devices: where the compiler likes to move weights
     head_dim=8,
-    rope_theta=1e4,
+    rope=Rope(1e4),
     rms_norm_eps=1e-6,
     tie_embeddings=True,
     max_positions=64,
+    query_scale=8,
+    qk_norm=True,
 )
 LENGTH, PAD = 32, 0
 

@@ -1,22 +1,26 @@
 """What a decoder is, and how a Hugging Face `config.json` says it.
 
 Every field of a `config.json` that changes numerics is either represented here or refused: a model that loads is the
-model that was saved.
+model that was saved. Old spellings and each family's defaults are folded in by the family's own configuration class in
+transformers.
 """
 
+import copy
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 from heal_jax.errors import InputError
+from heal_jax.model.rope import Rope
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Sizes and variants of a pre-norm decoder with rotary positions and a gated SiLU MLP."""
+    """Sizes and variants of a pre-norm decoder with rotary positions and gated MLPs."""
 
-    family: str  # "llama" or "qwen3": names the architecture in config.json
+    family: str  # model_type in config.json
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -24,48 +28,81 @@ class DecoderConfig:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    rope_theta: float
+    rope: Rope
     rms_norm_eps: float
     tie_embeddings: bool
     max_positions: int
+    query_scale: float  # scores are divided by its square root: head_dim, or what Gemma gives
+    activation: str = "silu"  # or "gelu_pytorch_tanh"
+    qk_norm: bool = False  # queries and keys normalised per head before rotation
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    window: int = 0  # of the sliding layers
+    sliding: tuple[bool, ...] = ()  # by layer; empty: none
+    local_rope: Rope | None = None  # of the sliding layers, where it differs
+    gemma: bool = False  # sandwich norms, (1 + w) RMSNorm, embeddings times sqrt(hidden_size)
+    experts: int = 0
+    experts_per_token: int = 0
+    expert_size: int = 0  # intermediate size of an expert
+    normalise_experts: bool = False
+    dense_layers: tuple[int, ...] = ()  # layers with a plain MLP in a model with experts
 
-    @property
-    def qk_norm(self) -> bool:
-        """Qwen3 normalises queries and keys per head before rotating them; Llama does not."""
-        return self.family == "qwen3"
+    def layer_window(self, layer: int) -> int:
+        """Tokens that a layer looks back on, itself included; 0: all."""
+        return self.window if self.sliding and self.sliding[layer] else 0
+
+    def layer_rope(self, layer: int) -> Rope:
+        sliding = bool(self.sliding) and self.sliding[layer]
+        return self.local_rope if sliding and self.local_rope is not None else self.rope
+
+    def has_experts(self, layer: int) -> bool:
+        return self.experts > 0 and layer not in self.dense_layers
 
 
-_ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma3_text")
 
-# Fields that would change the numbers, with the only values that this decoder computes.
-_REQUIRED_VALUES: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",),
-    "attention_bias": (False, None),
-    "mlp_bias": (False, None),
-    "use_sliding_window": (False, None),
+# Fields that would change the numbers, with the only values that this decoder computes (absent: the first).
+FIXED: dict[str, tuple[Any, ...]] = {
+    "add_cross_attention": (False, None),
+    "attn_logit_softcapping": (None,),
+    "final_logit_softcapping": (None,),
+    "is_encoder_decoder": (False, None),
+    "partial_rotary_factor": (1, None),
     "pretraining_tp": (1, None),
     "quantization_config": (None,),
-    "partial_rotary_factor": (1.0, None),
+    "rope_interleaved": (False, None),
+    "use_bidirectional_attention": (False, None),
 }
 
-# Fields that are read below, or that do not change the numbers of a forward pass in evaluation mode.
-_KNOWN_FIELDS = set(_REQUIRED_VALUES) | {
-    *("architectures", "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
-    *("num_attention_heads", "num_key_value_heads", "head_dim", "rope_theta", "rope_parameters", "rope_scaling"),
-    *("rms_norm_eps", "tie_word_embeddings", "max_position_embeddings", "layer_types", "max_window_layers"),
-    *("attention_dropout", "bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype", "use_cache"),
-    *("initializer_range", "transformers_version", "_name_or_path", "is_llama_config", "rope_interleaved"),
-    *("output_attentions", "output_hidden_states", "return_dict", "chunk_size_feed_forward", "id2label", "label2id"),
-    *(
-        "sliding_window",
-        "is_encoder_decoder",
-        "is_decoder",
-        "add_cross_attention",
-        "cross_attention_hidden_size",
-        "problem_type",
-    ),
-    "transformers.js_config",
+# Fields that are read below, by `parse` or by transformers on its behalf.
+READ = {
+    *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "hidden_act", "hidden_activation", "rms_norm_eps", "tie_word_embeddings"),
+    *("attention_bias", "mlp_bias", "query_pre_attn_scalar", "max_position_embeddings"),
+    *("rope_parameters", "rope_theta", "rope_scaling", "rope_local_base_freq"),
+    *("layer_types", "sliding_window", "use_sliding_window", "max_window_layers"),
+    *("sliding_window_pattern", "_sliding_window_pattern"),
+    *("num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"),
+    *("decoder_sparse_step", "mlp_only_layers"),
 }
+
+# Fields that do not change a forward pass in evaluation mode.
+NEUTRAL = {
+    *("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "transformers.js_config"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "id2label", "label2id", "problem_type", "use_cache"),
+    *("cache_implementation", "chunk_size_feed_forward", "initializer_range", "attention_dropout", "is_decoder"),
+    *("cross_attention_hidden_size", "output_attentions", "output_hidden_states", "output_router_logits"),
+    *("return_dict", "router_aux_loss_coef", "is_llama_config", "unsloth_fixed", "_attn_implementation_autoset"),
+}
+
+ROPE_FIELDS = {
+    "default": set(),
+    "linear": {"factor"},
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+    "yarn": {"factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
+             "mscale_all_dim", "truncate"},
+}  # fmt: skip
 
 
 def read_config_json(folder: Path) -> dict[str, Any]:
@@ -75,7 +112,7 @@ def read_config_json(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder}: not a model folder (no config.json); give a Hugging Face model directory")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
+    except (ValueError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON ({error}); restore the file from its source") from None
     if not isinstance(raw, dict):
         raise InputError(f"{path}: a JSON object is expected; restore the file from its source")
@@ -84,98 +121,178 @@ def read_config_json(folder: Path) -> dict[str, Any]:
 
 def decoder_config(folder: Path) -> DecoderConfig:
     """Read `config.json`. Raises InputError for an architecture or a variant that is not computed exactly."""
-    raw = read_config_json(folder)
-    where = folder / "config.json"
+    return parse(read_config_json(folder), str(folder / "config.json"))
+
+
+def parse(raw: dict[str, Any], where: str = "config.json") -> DecoderConfig:
+    """A parsed `config.json` as a DecoderConfig. Raises InputError naming what is not supported."""
     family = raw.get("model_type")
-    if family not in _ARCHITECTURES:
-        raise InputError(f"{where}: model_type {family!r} is not supported; supported: {', '.join(_ARCHITECTURES)}")
-    unknown = sorted(set(raw) - _KNOWN_FIELDS)
-    if unknown:
+    if family not in FAMILIES:
+        raise InputError(f"{where}: model_type {family!r} is not supported; supported: {', '.join(FAMILIES)}")
+    known = READ | NEUTRAL | set(FIXED)
+    if unknown := sorted(set(raw) - known):
         raise InputError(f"{where}: fields that this decoder does not know and might compute wrongly: {unknown}")
-    for name, allowed in _REQUIRED_VALUES.items():
+    for name, allowed in FIXED.items():
         if raw.get(name, allowed[0]) not in allowed:
             raise InputError(f"{where}: {name}={raw[name]!r} is not supported; supported: {list(allowed)}")
-    kinds = raw.get("layer_types") or []
-    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
-        raise InputError(f"{where}: layer_types other than full_attention are not supported")
-    if raw.get("sliding_window") is not None and raw.get("use_sliding_window") is not False:
-        raise InputError(f"{where}: sliding_window={raw['sliding_window']!r} is not supported; supported: none")
-    if raw.get("rope_interleaved"):
-        raise InputError(f"{where}: rope_interleaved is not supported")
+    hf = _normalised(raw, family, where)
 
-    def integer(name: str, default: int | None = None) -> int:
-        value = raw.get(name) if raw.get(name) is not None else default
+    def integer(name: str, value: Any) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise InputError(f"{where}: {name} must be a positive integer, not {value!r}")
         return value
 
-    hidden, heads = integer("hidden_size"), integer("num_attention_heads")
+    def field(name: str) -> int:
+        return integer(name, getattr(hf, name, None))
 
-    def number(name: str, default: float) -> float:
-        return _number(raw.get(name, default), name, where)
-
-    config = DecoderConfig(
-        family=family,
-        vocab_size=integer("vocab_size"),
-        hidden_size=hidden,
-        intermediate_size=integer("intermediate_size"),
-        num_layers=integer("num_hidden_layers"),
-        num_heads=heads,
-        num_kv_heads=integer("num_key_value_heads", heads),
-        head_dim=integer("head_dim", 128 if family == "qwen3" else hidden // heads),
-        rope_theta=_rope_theta(raw, where),
-        rms_norm_eps=number("rms_norm_eps", 1e-6),
-        tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
-        max_positions=integer("max_position_embeddings", 2048 if family == "llama" else 32768),
-    )
-    if config.num_heads % config.num_kv_heads or config.head_dim % 2:
+    layers, heads, hidden = field("num_hidden_layers"), field("num_attention_heads"), field("hidden_size")
+    kv_heads = field("num_key_value_heads")
+    head_dim = integer("head_dim", getattr(hf, "head_dim", None) or hidden // heads)
+    if heads % kv_heads or head_dim % 2:
         raise InputError(f"{where}: heads must be a multiple of key-value heads, and head_dim even")
-    return config
+    gemma = family == "gemma3_text"
+    activation = hf.hidden_activation if gemma else hf.hidden_act
+    if activation not in ("silu", "gelu_pytorch_tanh"):
+        raise InputError(f"{where}: activation {activation!r} is not supported; supported: silu, gelu_pytorch_tanh")
+    sliding, window = _sliding(hf, family, layers, where)
+    bias = bool(getattr(hf, "attention_bias", False))
+    ropes = hf.rope_parameters if gemma else {"full_attention": hf.rope_parameters}
+    read_rope = {kind: _rope(values, hf.max_position_embeddings, where) for kind, values in ropes.items()}
+    experts: dict[str, Any] = {}
+    if family == "qwen3_moe":
+        step = integer("decoder_sparse_step", hf.decoder_sparse_step)
+        dense = {i for i in range(layers) if (i + 1) % step} | set(hf.mlp_only_layers or [])
+        experts = {
+            "experts": field("num_experts"),
+            "experts_per_token": field("num_experts_per_tok"),
+            "expert_size": field("moe_intermediate_size"),
+            "normalise_experts": bool(hf.norm_topk_prob),
+            "dense_layers": tuple(sorted(dense)),
+        }
+        if experts["experts_per_token"] > experts["experts"]:
+            raise InputError(f"{where}: num_experts_per_tok is larger than the number of experts")
+    return DecoderConfig(
+        family=family,
+        vocab_size=field("vocab_size"),
+        hidden_size=hidden,
+        intermediate_size=field("intermediate_size"),
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        rope=read_rope["full_attention"],
+        rms_norm_eps=_number(hf.rms_norm_eps, "rms_norm_eps", where),
+        tie_embeddings=bool(hf.tie_word_embeddings),
+        max_positions=field("max_position_embeddings"),
+        query_scale=_number(hf.query_pre_attn_scalar if gemma else head_dim, "query_pre_attn_scalar", where),
+        activation=activation,
+        qk_norm=family in ("qwen3", "qwen3_moe", "gemma3_text"),
+        qkv_bias=bias or family == "qwen2",
+        o_bias=bias,
+        mlp_bias=bool(getattr(hf, "mlp_bias", False)),
+        window=window,
+        sliding=sliding,
+        local_rope=read_rope.get("sliding_attention"),
+        gemma=gemma,
+        **experts,
+    )
 
 
-def _rope_theta(raw: dict[str, Any], where: Path) -> float:
-    """The rotary base, from the old spelling (`rope_theta`) or the new (`rope_parameters`)."""
-    parameters, scaling = raw.get("rope_parameters") or {}, raw.get("rope_scaling") or {}
-    for name, value in (("rope_parameters", parameters), ("rope_scaling", scaling)):
-        if not isinstance(value, dict) or set(value) - {"rope_type", "type", "rope_theta"}:
-            raise InputError(
-                f"{where}: {name}={value!r} is not supported; supported: rope_type default with rope_theta"
-            )
-    kind = {"rope_type": parameters.get("rope_type", "default"), **scaling}
-    if kind.get("type", kind["rope_type"]) != "default":
-        raise InputError(f"{where}: RoPE scaling {kind!r} is not supported; supported: default (none)")
-    theta = parameters.get("rope_theta", scaling.get("rope_theta", raw.get("rope_theta", 10000.0)))
-    return _number(theta, "rope_theta", where)
+def _normalised(raw: dict[str, Any], family: str, where: str) -> Any:
+    """The family's configuration object of transformers, for its defaults and its reading of old spellings."""
+    import transformers  # two seconds: only where a model is read
+
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # it warns of what is refused below
+    try:
+        fields = {k: copy.deepcopy(v) for k, v in raw.items() if k in READ}
+        return transformers.CONFIG_MAPPING[family].from_dict(fields)
+    except Exception as error:  # the library raises many kinds for values of a wrong type
+        raise InputError(f"{where}: not a configuration of {family} ({' '.join(str(error).split())[:300]})") from None
+    finally:
+        transformers.logging.set_verbosity(level)
 
 
-def _number(value: Any, name: str, where: Path) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+def _sliding(hf: Any, family: str, layers: int, where: str) -> tuple[tuple[bool, ...], int]:
+    """Which layers have a sliding window, and its size."""
+    window = getattr(hf, "sliding_window", None)
+    kinds = getattr(hf, "layer_types", None)
+    if kinds is None:  # one kind for all layers
+        kinds = ["full_attention" if window is None else "sliding_attention"] * layers
+    if not isinstance(kinds, list) or len(kinds) != layers or set(kinds) - {"full_attention", "sliding_attention"}:
+        raise InputError(f"{where}: layer_types must name full_attention or sliding_attention for each of the layers")
+    if "sliding_attention" not in kinds:
+        return (), 0
+    if isinstance(window, bool) or not isinstance(window, int) or window < 1:
+        raise InputError(f"{where}: sliding_window must be a positive integer, not {window!r}")
+    return tuple(kind == "sliding_attention" for kind in kinds), window
+
+
+def _rope(values: Any, max_positions: int, where: str) -> Rope:
+    """Rotary base and scaling (`rope_parameters`, old spellings folded in)."""
+    if not isinstance(values, dict):
+        raise InputError(f"{where}: rope_parameters must be a JSON object, not {values!r}")
+    kind = values.get("rope_type", values.get("type", "default"))
+    if kind not in ROPE_FIELDS:
+        raise InputError(f"{where}: RoPE scaling {kind!r} is not supported; supported: {', '.join(ROPE_FIELDS)}")
+    unknown = set(values) - ROPE_FIELDS[kind] - {"rope_type", "type", "rope_theta"}
+    if unknown - {"partial_rotary_factor"} or values.get("partial_rotary_factor") not in (None, 1):
+        raise InputError(f"{where}: {sorted(unknown)} of RoPE scaling {kind!r} is not supported")
+
+    def number(name: str, default: float | None = None) -> float:
+        value = values.get(name)
+        return _number(default if value is None else value, name, where)
+
+    theta = number("rope_theta")
+    if kind == "default":
+        return Rope(theta)
+    if kind == "linear":
+        return Rope(theta, kind, number("factor"))
+    original = int(number("original_max_position_embeddings", max_positions))
+    if kind == "llama3":
+        rope = Rope(theta, kind, number("factor"), original, number("low_freq_factor"), number("high_freq_factor"))
+        if rope.low >= rope.high:
+            raise InputError(f"{where}: low_freq_factor must be less than high_freq_factor")
+        return rope
+    factor = number("factor", max_positions / original)
+    beta_fast, beta_slow = number("beta_fast", 32.0), number("beta_slow", 1.0)
+    attention, truncate = _yarn_attention(values, factor, number), bool(values.get("truncate", True))
+    return Rope(theta, kind, factor, original, 1.0, 4.0, beta_fast, beta_slow, truncate, attention)
+
+
+def _yarn_attention(values: dict[str, Any], factor: float, number: Any) -> float:
+    """Factor on cosine and sine: given, or from the scaling (arXiv 2309.00071, section 3.4; DeepSeek's mscale)."""
+
+    def of(scale: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
+
+    if values.get("attention_factor") is not None:
+        return number("attention_factor")
+    if values.get("mscale") and values.get("mscale_all_dim"):
+        return of(number("mscale")) / of(number("mscale_all_dim"))
+    return of(1.0)
+
+
+def _number(value: Any, name: str, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
         raise InputError(f"{where}: {name} must be a positive number, not {value!r}")
     return float(value)
 
 
-def config_json(config: DecoderConfig, dtype: str, eos_ids: tuple[int, ...], pad_id: int | None) -> dict[str, Any]:
-    """The `config.json` of a decoder, in both spellings of the rotary base and of the dtype (transformers 4 and 5)."""
-    return {
-        "architectures": [_ARCHITECTURES[config.family]],
-        "model_type": config.family,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "hidden_act": "silu",
-        "max_position_embeddings": config.max_positions,
-        "rms_norm_eps": config.rms_norm_eps,
-        "rope_theta": config.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "tie_word_embeddings": config.tie_embeddings,
-        "attention_bias": False,
-        "bos_token_id": None,
-        "eos_token_id": eos_ids[0] if len(eos_ids) == 1 else list(eos_ids),
-        "pad_token_id": pad_id,
-        "dtype": dtype,
-        "torch_dtype": dtype,
-    }
+def both_spellings(raw: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """A `config.json` that versions 4 and 5 of transformers, and engines that follow either, read alike.
+
+    Rotary parameters, dtype and the number of experts under the old names and the new; all other fields as they are.
+    """
+    out = {**raw, "dtype": dtype, "torch_dtype": dtype}
+    hf = _normalised(raw, raw["model_type"], "config.json")
+    nested = raw["model_type"] == "gemma3_text"
+    out["rope_parameters"] = hf.rope_parameters
+    full = dict(hf.rope_parameters["full_attention"] if nested else hf.rope_parameters)
+    out["rope_theta"] = full.pop("rope_theta")
+    out["rope_scaling"] = None if full["rope_type"] == "default" else full
+    if nested:
+        out["rope_local_base_freq"] = hf.rope_parameters["sliding_attention"]["rope_theta"]
+    if raw["model_type"] == "qwen3_moe":
+        out["num_experts"] = out["num_local_experts"] = hf.num_experts
+    return out

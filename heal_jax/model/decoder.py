@@ -6,6 +6,8 @@ one number, its length, and validity never depends on a token's id.
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -13,7 +15,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from heal_jax.model.attention import attention
 from heal_jax.model.config import DecoderConfig
+from heal_jax.model.experts import Experts
+from heal_jax.model.rope import rotate
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
 
 
 class Cache(NamedTuple):
@@ -41,38 +51,6 @@ def repeat_rows(cache: Cache, times: int) -> Cache:
     return jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), cache)
 
 
-def attention(q: Array, k: Array, v: Array, mask: Array) -> Array:
-    """Grouped-query attention with a float32 softmax.
-
-    q [B, H, T, E], k [B, K, E, S], v [B, K, S, E], mask [B, T, S] bool (True: may be attended to)
-    -> [B, H, T, E] in q's dtype.
-    A query that may attend to nothing gets the mean of v, never a NaN.
-    """
-    b, h, t, e = q.shape
-    kv_heads = k.shape[1]
-    # Groups and queries share one axis, so that both products are plain batched matrix products.
-    grouped = q.reshape(b, kv_heads, (h // kv_heads) * t, e)
-    scores = jnp.einsum("bkne,bkes->bkns", grouped, k, preferred_element_type=jnp.float32) * e**-0.5
-    scores = scores.reshape(b, kv_heads, h // kv_heads, t, -1)
-    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    out = jnp.einsum("bkns,bkse->bkne", weights.reshape(b, kv_heads, -1, weights.shape[-1]), v)
-    return out.reshape(b, h, t, e)
-
-
-def rotate(x: Array, positions: Array, theta: float) -> Array:
-    """Rotary position embedding (Su et al., arXiv 2104.09864), half-split layout as in transformers.
-
-    x [B, heads, T, E], positions [B, T] int32 -> the same shape and dtype; angles in float32.
-    """
-    half = x.shape[-1] // 2
-    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions[:, None, :, None].astype(jnp.float32) * frequencies
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-
-
 def _write(slots: Array, new: Array, start: Array, axis: int) -> Array:
     """Put new into slots along `axis` (of a row) from start[b] on; what would lie beyond the last slot is dropped.
 
@@ -88,47 +66,77 @@ def _write(slots: Array, new: Array, start: Array, axis: int) -> Array:
 
 
 class RMSNorm(nnx.Module):
-    def __init__(self, size: int, eps: float, dtype: jnp.dtype):
-        self.weight = nnx.Param(jnp.ones(size, dtype))
-        self.eps = eps
+    """Root-mean-square norm (Zhang and Sennrich, arXiv 1910.07467); Gemma scales by 1 + weight, in float32."""
+
+    def __init__(self, size: int, config: DecoderConfig, dtype: jnp.dtype):
+        self.weight = nnx.Param(jnp.zeros(size, dtype) if config.gemma else jnp.ones(size, dtype))
+        self.eps, self.gemma = config.rms_norm_eps, config.gemma
 
     def __call__(self, x: Array) -> Array:
         """x [..., size] -> the same shape and dtype; the mean square in float32."""
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        if self.gemma:
+            return (wide * (1 + self.weight[...].astype(jnp.float32))).astype(x.dtype)
         return self.weight[...] * wide.astype(x.dtype)
 
 
 class Linear(nnx.Module):
-    def __init__(self, size_in: int, size_out: int, dtype: jnp.dtype, rngs: nnx.Rngs, std: float):
+    def __init__(
+        self, size_in: int, size_out: int, dtype: jnp.dtype, rngs: nnx.Rngs, std: float, *, bias: bool = False
+    ):
         self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (size_in, size_out), dtype))
+        if bias:
+            self.bias = nnx.Param(jnp.zeros(size_out, dtype))
+        self.has_bias = bias
 
     def __call__(self, x: Array) -> Array:
         """x [..., in] -> [..., out]."""
-        return x @ self.kernel[...]
+        y = x @ self.kernel[...]
+        return y + self.bias[...] if self.has_bias else y
+
+
+class MLP(nnx.Module):
+    """Gated MLP (Shazeer, arXiv 2002.05202)."""
+
+    def __init__(self, config: DecoderConfig, dtype: jnp.dtype, rngs: nnx.Rngs, std: float, out_std: float):
+        c = config
+        self.gate = Linear(c.hidden_size, c.intermediate_size, dtype, rngs, std, bias=c.mlp_bias)
+        self.up = Linear(c.hidden_size, c.intermediate_size, dtype, rngs, std, bias=c.mlp_bias)
+        self.down = Linear(c.intermediate_size, c.hidden_size, dtype, rngs, out_std, bias=c.mlp_bias)
+        self.activation = c.activation
+
+    def __call__(self, x: Array) -> Array:
+        """x [..., D] -> [..., D]."""
+        return self.down(ACTIVATIONS[self.activation](self.gate(x)) * self.up(x))
 
 
 class Block(nnx.Module):
-    def __init__(self, config: DecoderConfig, dtype: jnp.dtype, rngs: nnx.Rngs, std: float):
+    def __init__(self, config: DecoderConfig, layer: int, dtype: jnp.dtype, rngs: nnx.Rngs, std: float):
         c = config
         out_std = std / (2 * c.num_layers) ** 0.5  # residual branches start small (GPT-2)
-        self.attn_norm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype)
-        self.q = Linear(c.hidden_size, c.num_heads * c.head_dim, dtype, rngs, std)
-        self.k = Linear(c.hidden_size, c.num_kv_heads * c.head_dim, dtype, rngs, std)
-        self.v = Linear(c.hidden_size, c.num_kv_heads * c.head_dim, dtype, rngs, std)
-        self.o = Linear(c.num_heads * c.head_dim, c.hidden_size, dtype, rngs, out_std)
+        norm = functools.partial(RMSNorm, config=c, dtype=dtype)
+        self.attn_norm = norm(c.hidden_size)
+        self.q = Linear(c.hidden_size, c.num_heads * c.head_dim, dtype, rngs, std, bias=c.qkv_bias)
+        self.k = Linear(c.hidden_size, c.num_kv_heads * c.head_dim, dtype, rngs, std, bias=c.qkv_bias)
+        self.v = Linear(c.hidden_size, c.num_kv_heads * c.head_dim, dtype, rngs, std, bias=c.qkv_bias)
+        self.o = Linear(c.num_heads * c.head_dim, c.hidden_size, dtype, rngs, out_std, bias=c.o_bias)
         if c.qk_norm:
-            self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps, dtype)
-            self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps, dtype)
-        self.mlp_norm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype)
-        self.gate = Linear(c.hidden_size, c.intermediate_size, dtype, rngs, std)
-        self.up = Linear(c.hidden_size, c.intermediate_size, dtype, rngs, std)
-        self.down = Linear(c.intermediate_size, c.hidden_size, dtype, rngs, out_std)
-        self.config = config
+            self.q_norm, self.k_norm = norm(c.head_dim), norm(c.head_dim)
+        if c.gemma:
+            self.post_attn_norm, self.post_mlp_norm = norm(c.hidden_size), norm(c.hidden_size)
+        self.mlp_norm = norm(c.hidden_size)
+        if c.has_experts(layer):
+            sizes = c.hidden_size, c.expert_size, c.experts, c.experts_per_token
+            activation = ACTIVATIONS[c.activation]
+            self.experts = Experts(*sizes, c.normalise_experts, activation, dtype, rngs, std)
+        else:
+            self.mlp = MLP(c, dtype, rngs, std, out_std)
+        self.config, self.layer = config, layer
 
     def queries_keys_values(self, x: Array, positions: Array) -> tuple[Array, Array, Array]:
-        """x [B, T, D] -> q [B, H, T, E], k [B, K, E, T], v [B, K, T, E]; q and k normalised (Qwen3) and rotated."""
-        c = self.config
+        """x [B, T, D] -> q [B, H, T, E], k [B, K, E, T], v [B, K, T, E]; q and k normalised (qk_norm) and rotated."""
+        c, rope = self.config, self.config.layer_rope(self.layer)
 
         def heads(y: Array, n: int) -> Array:
             return y.reshape(*y.shape[:2], n, c.head_dim).transpose(0, 2, 1, 3)
@@ -136,48 +144,73 @@ class Block(nnx.Module):
         q, k, v = heads(self.q(x), c.num_heads), heads(self.k(x), c.num_kv_heads), heads(self.v(x), c.num_kv_heads)
         if c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        return rotate(q, positions, c.rope_theta), rotate(k, positions, c.rope_theta).swapaxes(2, 3), v
+        return rotate(q, positions, rope), rotate(k, positions, rope).swapaxes(2, 3), v
 
     def __call__(
-        self, x: Array, positions: Array, mask: Array, cached: tuple[Array, Array] | None
+        self,
+        x: Array,
+        positions: Array,
+        slots: Array,
+        segments: Array | None = None,
+        cached: tuple[Array, Array] | None = None,
     ) -> tuple[Array, tuple[Array, Array]]:
-        """x [B, T, D], positions [B, T], mask [B, T, S] -> x [B, T, D] and the keys and values attended to."""
+        """x [B, T, D], positions and slots [B, T] int32 -> x [B, T, D] and the keys and values attended to."""
+        c = self.config
         q, k, v = self.queries_keys_values(self.attn_norm(x), positions)
         if cached is not None:
-            k = _write(cached[0], k, positions[:, 0], axis=2)
-            v = _write(cached[1], v, positions[:, 0], axis=1)
-        mixed = attention(q, k, v, mask).transpose(0, 2, 1, 3)
-        x = x + self.o(mixed.reshape(*x.shape[:2], -1))
+            k = _write(cached[0], k, slots[:, 0], axis=2)
+            v = _write(cached[1], v, slots[:, 0], axis=1)
+        both = None if segments is None else (segments, segments)
+        mixed = attention(q, k, v, slots, both, scale=c.query_scale**-0.5, window=c.layer_window(self.layer))
+        mixed = self.o(mixed.transpose(0, 2, 1, 3).reshape(*x.shape[:2], -1))
+        x = x + (self.post_attn_norm(mixed) if c.gemma else mixed)
         y = self.mlp_norm(x)
-        return x + self.down(jax.nn.silu(self.gate(y)) * self.up(y)), (k, v)
+        y = self.experts(y) if c.has_experts(self.layer) else self.mlp(y)
+        return x + (self.post_mlp_norm(y) if c.gemma else y), (k, v)
 
 
 class Decoder(nnx.Module):
     """A causal language model. `rngs` seeds the initial weights (normal, `std`), which loading replaces."""
 
-    def __init__(self, config: DecoderConfig, dtype: jnp.dtype = jnp.float32, *, rngs: nnx.Rngs, std: float = 0.02):
+    def __init__(
+        self,
+        config: DecoderConfig,
+        dtype: jnp.dtype = jnp.float32,
+        *,
+        rngs: nnx.Rngs,
+        std: float = 0.02,
+    ):
         self.config = config
         self.embed = nnx.Param(std * jax.random.normal(rngs.params(), (config.vocab_size, config.hidden_size), dtype))
-        self.blocks = nnx.List([Block(config, dtype, rngs, std) for _ in range(config.num_layers)])
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.blocks = nnx.List([Block(config, i, dtype, rngs, std) for i in range(config.num_layers)])
+        self.norm = RMSNorm(config.hidden_size, config, dtype)
         if not config.tie_embeddings:
             self.head = Linear(config.hidden_size, config.vocab_size, dtype, rngs, std)
 
-    def __call__(self, tokens: Array, segments: Array | None = None, positions: Array | None = None) -> Array:
+    def _embed(self, tokens: Array) -> Array:
+        """tokens [B, T] int32 -> [B, T, D]."""
+        x = self.embed[...][tokens]
+        return x * jnp.asarray(self.config.hidden_size**0.5, x.dtype) if self.config.gemma else x
+
+    def __call__(
+        self, tokens: Array, segments: Array | None = None, positions: Array | None = None, *, remat: bool = False
+    ) -> Array:
         """Full pass without a cache: tokens [B, T] int32 -> hidden states [B, T, D] after the last norm.
 
         Rows are padded on the right; causality keeps padding out of what precedes it. With segments [B, T] int32 a
-        token sees its own segment alone (packed rows; give positions [B, T] too).
+        token sees its own segment alone (packed rows; give positions [B, T] too). With `remat` the backward pass
+        computes each block again from its input, the only thing that is kept.
         """
-        b, t = tokens.shape
-        if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), (b, t))
-        mask = jnp.broadcast_to(jnp.tril(jnp.ones((t, t), bool)), (b, t, t))
-        if segments is not None:
-            mask &= segments[:, :, None] == segments[:, None, :]
-        x = self.embed[...][tokens]
+        slots = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+        positions = slots if positions is None else positions
+        x = self._embed(tokens)
+
+        def apply(block: Block, x: Array, positions: Array, segments: Array | None) -> Array:
+            return block(x, positions, slots, segments)[0]
+
+        apply = nnx.remat(apply) if remat else apply
         for block in self.blocks:
-            x, _ = block(x, positions, mask, None)
+            x = apply(block, x, positions, segments)
         return self.norm(x)
 
     def extend(self, tokens: Array, count: Array, cache: Cache) -> tuple[Array, Cache]:
@@ -187,11 +220,10 @@ class Decoder(nnx.Module):
         What lies beyond count[b] is written, never attended to, and overwritten by the next call.
         """
         positions = cache.length[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
-        mask = jnp.arange(cache.keys[0].shape[3])[None, None, :] <= positions[:, :, None]
-        x = self.embed[...][tokens]
+        x = self._embed(tokens)
         keys, values = [], []
         for block, k, v in zip(self.blocks, cache.keys, cache.values):
-            x, (k, v) = block(x, positions, mask, (k, v))
+            x, (k, v) = block(x, positions, positions, cached=(k, v))
             keys.append(k)
             values.append(v)
         return self.norm(x), Cache(tuple(keys), tuple(values), cache.length + count)

@@ -5,7 +5,7 @@ of the parameter, from which its sharding follows (`heal_jax.model.mesh`).
 """
 
 import dataclasses
-import json
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,159 +14,216 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from jax import Array
+from jax.sharding import Mesh, Sharding
 
 from heal_jax.errors import InputError
+from heal_jax.model import safetensors
 from heal_jax.model.config import DecoderConfig, decoder_config
 from heal_jax.model.decoder import Model, abstract
 from heal_jax.model.mesh import sharding
-from heal_jax.processes import fetch, primary
+from heal_jax.processes import fetch
 
-Path_ = tuple[str | int, ...]
+Path_ = tuple[Any, ...]
+Index = tuple[slice, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """tensor: name in the file; path: parameter in the decoder; axes: logical axes of the parameter."""
+    """tensor: name in the file; path: parameter in the decoder; axes: logical axes of the parameter; expert: which
+    entry of the parameter's first axis the tensor is, None for the whole parameter.
+    """
 
     tensor: str
     path: Path_
     axes: tuple[str | None, ...]
     transposed: bool = False
+    expert: int | None = None
+
+    def to_file(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The tensor's shape in the file, of a parameter of this shape."""
+        own = shape if self.expert is None else shape[1:]
+        return own[::-1] if self.transposed else own
 
 
 def table(config: DecoderConfig) -> list[Row]:
-    """Every parameter of the decoder, once."""
+    """Every parameter of the decoder, once; of experts, every entry once."""
     rows = [
         Row("model.embed_tokens.weight", ("embed",), ("vocab", "hidden")),
         Row("model.norm.weight", ("norm", "weight"), (None,)),
     ]
     if not config.tie_embeddings:
         rows.append(Row("lm_head.weight", ("head", "kernel"), ("hidden", "vocab"), True))
-    linears = {
-        "self_attn.q_proj": ("q", ("hidden", "heads")),
-        "self_attn.k_proj": ("k", ("hidden", "kv_heads")),
-        "self_attn.v_proj": ("v", ("hidden", "kv_heads")),
-        "self_attn.o_proj": ("o", ("heads", "hidden")),
-        "mlp.gate_proj": ("gate", ("hidden", "mlp")),
-        "mlp.up_proj": ("up", ("hidden", "mlp")),
-        "mlp.down_proj": ("down", ("mlp", "hidden")),
-    }
-    norms = {"input_layernorm": "attn_norm", "post_attention_layernorm": "mlp_norm"}
-    if config.qk_norm:
-        norms |= {"self_attn.q_norm": "q_norm", "self_attn.k_norm": "k_norm"}
     for i in range(config.num_layers):
-        prefix = f"model.layers.{i}"
-        for name, (module, axes) in linears.items():
-            rows.append(Row(f"{prefix}.{name}.weight", ("blocks", i, module, "kernel"), axes, True))
-        for name, module in norms.items():
-            rows.append(Row(f"{prefix}.{name}.weight", ("blocks", i, module, "weight"), (None,)))
+        rows += _block_rows(config, i)
     return rows
 
 
-def _files(folder: Path) -> dict[str, Path]:
-    """Tensor name -> file, from the index of a sharded model or from the single file."""
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        single = folder / "model.safetensors"
-        if not single.is_file():
-            raise InputError(f"{folder}: no model.safetensors; only safetensors weights are read (never pickles)")
-        with _open(single) as file:
-            return {name: single for name in file.keys()}  # noqa: SIM118 (not a dict)
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        items = [(str(tensor), str(name)) for tensor, name in weight_map.items()]
-    except (ValueError, KeyError, AttributeError, TypeError):
-        raise InputError(f"{index}: not a safetensors index; restore the file from its source") from None
-    files = {}
-    for tensor, name in items:
-        path = folder / name
-        if Path(name).name != name or not path.is_file():
-            raise InputError(f"{index}: {name!r} is not a file in this folder")
-        files[tensor] = path
-    return files
-
-
-def _open(path: Path) -> safe_open:
-    try:
-        return safe_open(path, framework="numpy")
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: damaged or truncated safetensors file ({error}); fetch it again") from None
-
-
-def _arrays(files: dict[str, Path], names: list[str]) -> Iterator[tuple[str, np.ndarray]]:
-    """The named tensors one at a time."""
-    by_file: dict[Path, list[str]] = {}
-    for name in names:
-        by_file.setdefault(files[name], []).append(name)
-    for path, members in by_file.items():
-        with _open(path) as file:
-            for name in members:
-                yield name, file.get_tensor(name)
+def _block_rows(config: DecoderConfig, layer: int) -> Iterator[Row]:
+    prefix, block = f"model.layers.{layer}", ("blocks", layer)
+    linears: list[tuple[str, tuple[str, ...], tuple[str, str], bool]] = [
+        ("self_attn.q_proj", ("q",), ("hidden", "heads"), config.qkv_bias),
+        ("self_attn.k_proj", ("k",), ("hidden", "kv_heads"), config.qkv_bias),
+        ("self_attn.v_proj", ("v",), ("hidden", "kv_heads"), config.qkv_bias),
+        ("self_attn.o_proj", ("o",), ("heads", "hidden"), config.o_bias),
+    ]
+    mlp = {"gate": ("hidden", "mlp"), "up": ("hidden", "mlp"), "down": ("mlp", "hidden")}
+    if config.has_experts(layer):
+        yield Row(f"{prefix}.mlp.gate.weight", (*block, "experts", "router"), ("hidden", None), True)
+        for name, axes in mlp.items():
+            for i in range(config.experts):
+                tensor = f"{prefix}.mlp.experts.{i}.{name}_proj.weight"
+                yield Row(tensor, (*block, "experts", name), ("expert", *axes), True, i)
+    else:
+        linears += [(f"mlp.{name}_proj", ("mlp", name), axes, config.mlp_bias) for name, axes in mlp.items()]
+    for name, path, axes, bias in linears:
+        yield Row(f"{prefix}.{name}.weight", (*block, *path, "kernel"), axes, True)
+        if bias:
+            yield Row(f"{prefix}.{name}.bias", (*block, *path, "bias"), axes[1:])
+    norms = {"input_layernorm": "attn_norm", "post_attention_layernorm": "mlp_norm"}
+    if config.gemma:
+        norms |= {"post_attention_layernorm": "post_attn_norm", "pre_feedforward_layernorm": "mlp_norm"}
+        norms |= {"post_feedforward_layernorm": "post_mlp_norm"}
+    if config.qk_norm:
+        norms |= {"self_attn.q_norm": "q_norm", "self_attn.k_norm": "k_norm"}
+    for name, module in norms.items():
+        yield Row(f"{prefix}.{name}.weight", (*block, module, "weight"), (None,))
 
 
 def load(folder: str | Path, dtype: jnp.dtype = jnp.float32, mesh: Mesh | None = None) -> Model:
-    """Read a Hugging Face model folder (Llama or Qwen3, safetensors).
+    """Read a Hugging Face model folder (`heal_jax.model.config.FAMILIES`; safetensors, one file or sharded).
 
-    Tensors go one at a time to the devices, cast to `dtype`, sharded over `mesh` where one is given.
-    Raises InputError that lists every missing, unexpected and mis-shaped tensor at once.
+    Every device gets its part of each tensor straight from the file, cast to `dtype`: the host holds one tensor's part
+    twice at most. Raises InputError that lists every missing, unexpected and mis-shaped tensor at once, or every one
+    with values that are not finite.
     """
     config = decoder_config(Path(folder))
-    graph, shapes = abstract(config, dtype)
-    loaded: dict[Any, Any] = {}
-    for row, value in _tensors(Path(folder), config):
-        host = np.ascontiguousarray(value.astype(jnp.dtype(dtype)))
-        where = sharding(mesh, row.axes, host.shape)
-        loaded[row.path] = jax.make_array_from_callback(host.shape, where, host.__getitem__)
-    leaves = {path: v.replace(loaded[path]) for path, v in nnx.to_flat_state(shapes)}
+    graph, abstract_params = abstract(config, dtype)
+    source = Source(Path(folder), config, jnp.dtype(dtype))
+    leaves = [
+        (path, v.replace(source.place(path, sharding(mesh, source.rows[path][0].axes, v.shape))))
+        for path, v in nnx.to_flat_state(abstract_params)
+    ]
+    source.complain()
     return Model(graph, nnx.from_flat_state(leaves), config)
 
 
 def check(folder: Path) -> None:
     """Raise InputError for whatever `load` would refuse; nothing is kept."""
-    for _ in _tensors(folder, decoder_config(folder)):
-        pass
+    source = Source(folder, decoder_config(folder), jnp.dtype(jnp.float32))
+    for path, shape in source.shapes.items():
+        for row in source.rows[path]:
+            source.read(row, tuple(slice(0, size) for size in shape[len(shape) - len(row.to_file(shape)) :]))
+    source.complain()
 
 
-def _tensors(folder: Path, config: DecoderConfig) -> Iterator[tuple[Row, np.ndarray]]:
-    """Each row of the table with its parameter, as the decoder has it, one at a time.
+class Source:
+    """The parameters of a decoder in a model folder. Raises InputError where its tensors are not those of the table."""
 
-    Raises InputError at the end, with all that is wrong.
-    """
-    _, shapes = abstract(config, jnp.float32)
-    flat: dict[Any, Any] = dict(nnx.to_flat_state(shapes))
-    rows = {row.tensor: row for row in table(config)}
-    files = _files(folder)
-    present = set(files)
-    if config.tie_embeddings:
-        present.discard("lm_head.weight")  # some files ship the tied copy
-    problems = [f"missing {name}" for name in sorted(set(rows) - present)]
-    problems += [f"unexpected {name}" for name in sorted(present - set(rows))]
-    for name, array in _arrays(files, sorted(present & set(rows))):
-        row = rows[name]
-        value = array.T if row.transposed else array
-        if value.shape != flat[row.path].shape:
-            wanted = flat[row.path].shape[::-1] if row.transposed else flat[row.path].shape
-            problems.append(f"{name} has shape {list(array.shape)}, not {list(wanted)}")
-        elif not np.isfinite(value.astype(np.float32)).all():
-            problems.append(f"{name} has values that are not finite")
-        else:
-            yield row, value
-    if problems:
-        raise InputError(f"{folder}: weights do not fit config.json: {'; '.join(problems)}")
+    def __init__(self, folder: Path, config: DecoderConfig, dtype: np.dtype):
+        self.folder, self.dtype = folder, dtype
+        _, params = abstract(config, jnp.float32)
+        self.shapes: dict[Path_, tuple[int, ...]] = {path: v.shape for path, v in nnx.to_flat_state(params)}
+        self.rows: dict[Path_, list[Row]] = {}
+        for row in table(config):
+            self.rows.setdefault(row.path, []).append(row)
+        self.tensors = safetensors.Tensors(folder)
+        self.not_finite: dict[str, None] = {}
+        self._check_names(config)
+
+    def _check_names(self, config: DecoderConfig) -> None:
+        wanted = {row.tensor: row for rows in self.rows.values() for row in rows}
+        present = self.tensors.names()
+        if config.tie_embeddings and "lm_head.weight" in present:  # some files ship the tied copy
+            present.discard("lm_head.weight")
+            if "model.embed_tokens.weight" in present and not self._same("lm_head.weight", "model.embed_tokens.weight"):
+                raise InputError(
+                    f"{self.folder}: lm_head.weight differs from model.embed_tokens.weight, and config.json says that "
+                    "they are one (tie_word_embeddings); set it to false or remove one"
+                )
+        problems = [f"missing {name}" for name in sorted(set(wanted) - present)]
+        problems += [f"unexpected {name}" for name in sorted(present - set(wanted))]
+        for name in sorted(present & set(wanted)):
+            shape, dtype = self.tensors.described(name)
+            expected = wanted[name].to_file(self.shapes[wanted[name].path])
+            if shape != expected:
+                problems.append(f"{name} has shape {list(shape)}, not {list(expected)}")
+            if dtype not in safetensors.DTYPES:
+                problems.append(f"{name} has dtype {dtype}, not one of {', '.join(safetensors.DTYPES)}")
+        if problems:
+            raise InputError(f"{self.folder}: weights do not fit config.json: {'; '.join(problems)}")
+
+    def _same(self, first: str, second: str) -> bool:
+        if self.tensors.described(first)[0] != self.tensors.described(second)[0]:
+            return False
+        rows = self.tensors.described(first)[0][0]
+        parts = (slice(start, min(start + 4096, rows)) for start in range(0, rows, 4096))
+        return all(np.array_equal(self.tensors.read(first, (p,)), self.tensors.read(second, (p,))) for p in parts)
+
+    def read(self, row: Row, index: Index) -> np.ndarray:
+        """A part of one tensor, as the decoder has it (index and result in the parameter's order), in `dtype`."""
+        value = self.tensors.read(row.tensor, index[::-1] if row.transposed else index)
+        if not np.isfinite(value).all():
+            self.not_finite[row.tensor] = None
+        return np.array(value.T if row.transposed else value, self.dtype, order="C")
+
+    def complain(self) -> None:
+        """Raise InputError where what was read held values that are not finite."""
+        if self.not_finite:
+            names = "; ".join(sorted(self.not_finite))
+            raise InputError(f"{self.folder}: values that are not finite in {names}; fetch the model again")
+
+    def place(self, path: Path_, where: Sharding) -> Array:
+        """A parameter on its devices; only what this process holds is read."""
+        shape, rows = self.shapes[path], self.rows[path]
+        parts: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
+        for device, index in where.addressable_devices_indices_map(shape).items():
+            bounds = tuple(part.indices(size)[:2] for part, size in zip(index or (), shape))
+            parts.setdefault(bounds, []).append(device)
+        arrays = []
+        for bounds, devices in parts.items():
+            index = tuple(slice(*bound) for bound in bounds)
+            if rows[0].expert is None:
+                host = self.read(rows[0], index)
+                arrays += [jax.device_put(host, device) for device in devices]
+            else:
+                arrays += self._stack(rows[index[0]], index[1:], devices)
+            jax.block_until_ready(arrays)  # before the next is read
+        return jax.make_array_from_single_device_arrays(shape, where, arrays)
+
+    def _stack(self, rows: list[Row], index: Index, devices: list[jax.Device]) -> list[Array]:
+        """The experts' matrices as one array a device, put in one by one."""
+        shape = (len(rows), *(part.stop - part.start for part in index))
+        stacks = [jnp.zeros(shape, self.dtype, device=device) for device in devices]
+        for i, row in enumerate(rows):
+            host = self.read(row, index)
+            stacks = [_put(stack, jax.device_put(host, device), i) for stack, device in zip(stacks, devices)]
+            jax.block_until_ready(stacks)
+        return stacks
 
 
-def save_weights(model: Model, path: Path) -> None:
-    """Write the parameters as one safetensors file under Hugging Face names."""
-    flat = dict(nnx.to_flat_state(model.params))
-    tensors = {}
-    for row in table(model.config):
-        value = np.asarray(fetch(flat[row.path][...]))
-        tensors[row.tensor] = np.ascontiguousarray(value.T if row.transposed else value)
-    if primary():
-        save_file(tensors, path, metadata={"format": "pt"})
+@functools.partial(jax.jit, donate_argnums=0)
+def _put(stack: Array, value: Array, at: int) -> Array:
+    """stack [X, ...] with entry `at` set to value [...], in place."""
+    return jax.lax.dynamic_update_index_in_dim(stack, value, at, 0)
+
+
+def save_weights(model: Model, folder: Path, limit: int = safetensors.SHARD_BYTES) -> None:
+    """Write the parameters under Hugging Face names, in files of at most `limit` bytes; the first process writes."""
+    flat: dict[Any, Any] = dict(nnx.to_flat_state(model.params))
+
+    def host(row: Row) -> np.ndarray:
+        array = flat[row.path][...]
+        value = np.asarray(fetch(array if row.expert is None else array[row.expert]))
+        return value.T if row.transposed else value
+
+    def sized(row: Row) -> int:
+        array = flat[row.path][...]
+        return array.nbytes // (1 if row.expert is None else array.shape[0])
+
+    safetensors.write(
+        folder, ((row.tensor, sized(row), functools.partial(host, row)) for row in table(model.config)), limit
+    )
 
 
 def shardings(model: Model, mesh: Mesh) -> nnx.State:

@@ -8,6 +8,7 @@ are the whole state.
 import dataclasses
 import functools
 import hashlib
+import json
 import math
 import shutil
 import time
@@ -153,7 +154,7 @@ def train(
             batch = put_batch(mesh, (tokens, mask))
             with using(mesh):
                 params, opt_state, metrics = train_step(
-                    model.graph, transform, state["params"], state["opt_state"], *batch, dtype, pinned
+                    model.graph, transform, state["params"], state["opt_state"], *batch, dtype, pinned, spec.remat
                 )
             state = {"params": params, "opt_state": opt_state}
             loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
@@ -240,7 +241,8 @@ def _identity(
         data.update(repr((phase.steps, rows)).encode())
     shape = {"length": length, "pad_id": pad_id, "seed": seed}
     model_fields = {"dtype": str(jax.tree.leaves(model.params)[0].dtype), **dataclasses.asdict(model.config)}
-    return {"model": model_fields, "train": dataclasses.asdict(spec), "batches": shape, "phases": data.hexdigest()}
+    whole = {"model": model_fields, "train": dataclasses.asdict(spec), "batches": shape, "phases": data.hexdigest()}
+    return json.loads(json.dumps(whole))  # as it comes back from a checkpoint
 
 
 def _restore(

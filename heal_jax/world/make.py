@@ -16,7 +16,7 @@ import optax
 from tokenizers import Tokenizer
 
 from heal_jax.errors import InputError
-from heal_jax.model.config import DecoderConfig, config_json
+from heal_jax.model.config import both_spellings, parse
 from heal_jax.model.decoder import Model, initialise
 from heal_jax.model.weights import save_weights
 from heal_jax.train.step import train_step
@@ -29,7 +29,7 @@ MIN_DIGITS = 10  # one less than the problems have, so that their shortest are n
 class Recipe:
     """How one model is made. `twos` is the share of problems without a carry of two (easy and medium)."""
 
-    config: DecoderConfig
+    config: dict[str, Any]  # config.json
     skill: traces.Skill
     hints: float
     steps: int
@@ -46,29 +46,37 @@ class Recipe:
 def recipes() -> dict[str, Recipe]:
     """The teacher (0.8 M parameters, Qwen3) and the student (0.3 M, Llama)."""
     vocab = tokenizer.build().get_vocab_size()
-    shared: dict[str, Any] = {"vocab_size": vocab, "rope_theta": 10000.0, "rms_norm_eps": 1e-6, "tie_embeddings": True}
-    teacher = DecoderConfig(
-        family="qwen3",
-        hidden_size=128,
-        intermediate_size=384,
-        num_layers=4,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=32,
-        max_positions=512,
+    shared = {
+        "vocab_size": vocab,
+        "head_dim": 32,
+        "hidden_act": "silu",
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": True,
+        "attention_bias": False,
+        "bos_token_id": None,
+    }
+    teacher = {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
         **shared,
-    )
-    student = DecoderConfig(
-        family="llama",
-        hidden_size=96,
-        intermediate_size=256,
-        num_layers=3,
-        num_heads=3,
-        num_kv_heads=3,
-        head_dim=32,
-        max_positions=512,
+    }
+    student = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 96,
+        "intermediate_size": 256,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 3,
         **shared,
-    )
+    }
     return {
         "teacher": Recipe(teacher, traces.Skill(two=0.15, nine=0.85), hints=0.45, steps=3000, seed=1),
         "student": Recipe(student, traces.Skill(two=0.05, nine=0.5), hints=0.0, steps=2400, seed=2),
@@ -111,7 +119,7 @@ def batches(recipe: Recipe, encoder: Tokenizer) -> Iterator[tuple[np.ndarray, np
 
 def pretrain(recipe: Recipe, report: Callable[[int, float], None]) -> Model:
     """Train from random weights; `report(step, loss)` every 50 steps."""
-    model = initialise(recipe.config, recipe.seed, std=recipe.std)
+    model = initialise(parse(recipe.config), recipe.seed, std=recipe.std)
     warmup = min(200, recipe.steps // 2)
     schedule = optax.warmup_cosine_decay_schedule(0.0, recipe.learning_rate, warmup, recipe.steps, 1e-5)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.01))
@@ -127,17 +135,17 @@ def pretrain(recipe: Recipe, report: Callable[[int, float], None]) -> Model:
     return dataclasses.replace(model, params=params)
 
 
-def save(model: Model, folder: Path) -> None:
+def save(model: Model, recipe: Recipe, folder: Path) -> None:
     """Write a Hugging Face folder: config.json, model.safetensors, tokenizer files, generation_config.json."""
     folder.mkdir(parents=True, exist_ok=True)
     encoder = tokenizer.build()
     vocabulary = encoder.get_vocab()
     eos, pad = vocabulary[tokenizer.END], vocabulary[tokenizer.PAD]
-    config = config_json(model.config, "float32", (eos,), pad)
+    config = both_spellings(recipe.config, "float32") | {"eos_token_id": eos, "pad_token_id": pad}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     settings = {"eos_token_id": eos, "pad_token_id": pad}
     (folder / "generation_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    save_weights(model, folder / "model.safetensors")
+    save_weights(model, folder)
     tokenizer.save(folder)
 
 
@@ -153,4 +161,4 @@ def make(out: Path, names: tuple[str, ...] = ("teacher", "student")) -> None:
         def report(step: int, loss: float, name: str = name, start: float = start) -> None:
             print(f"{name}: step {step}, loss {loss:.4f}, {time.perf_counter() - start:.0f} s", flush=True)
 
-        save(pretrain(recipes()[name], report), out / name)
+        save(pretrain(recipes()[name], report), recipes()[name], out / name)
