@@ -41,10 +41,11 @@ def job() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if not _speaking.acquire(blocking=False):
-            time.sleep(2 * LEAVE_SECONDS)  # the runtime has given up, too, and ends this process
-        if isinstance(error, Exception) and count() > 1 and _PEER_IS_GONE.search(str(error)):
-            raise RunError(_GONE) from error
+        if jax.distributed.is_initialized():
+            if not _speaking.acquire(blocking=False):
+                time.sleep(2 * LEAVE_SECONDS)  # the runtime has given up, too, and ends this process
+            if isinstance(error, Exception) and not isinstance(error, InputError) and _PEER_IS_GONE.search(str(error)):
+                raise RunError(_GONE) from error
         raise
 
 

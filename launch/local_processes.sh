@@ -14,7 +14,7 @@ port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0));
 export HEAL_COORDINATOR=127.0.0.1:$port HEAL_PROCESSES=$n
 
 declare -A number=()  # process id -> number in the job
-trap 'kill "${!number[@]}" 2>/dev/null; wait' EXIT
+trap 'kill "${!number[@]}" 2>/dev/null || true; wait' EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 for ((i = 0; i < n; i++)); do

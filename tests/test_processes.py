@@ -1,0 +1,168 @@
+"""Several processes on this machine: the same run, and an end in one line when one of them dies."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from compare import COMMAND, SETTINGS, TINY, environment, finished, mesh_arguments, same_run
+from safetensors.numpy import load_file
+
+LAUNCHER = Path(__file__).parents[1] / "launch" / "local_processes.sh"
+MESH = {"data": 2, "fsdp": 2}  # rows over two processes; with four processes weights too
+PATIENCE = 120  # seconds within which the others have ended; usually 3, and 30 where the runtime waits for heartbeats
+GONE = "heal: another process of this run died or cannot be reached"
+
+
+def launch(count: int, out: Path, *more: str) -> subprocess.Popen:
+    """All processes through the launcher; four devices in all."""
+    arguments = [LAUNCHER, count, TINY, out, *SETTINGS, *mesh_arguments(**MESH), *more]
+    return subprocess.Popen(
+        list(map(str, arguments)),
+        env=environment(4 // count),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def by_hand(count: int, out: Path) -> list[subprocess.Popen]:
+    """Each process on its own, as on several machines."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    arguments = [*COMMAND, "run", TINY, "--out", out, *SETTINGS, *mesh_arguments(**MESH)]
+    started = []
+    for number in range(count):
+        places = {"HEAL_COORDINATOR": address, "HEAL_PROCESSES": str(count), "HEAL_PROCESS_ID": str(number)}
+        started.append(
+            subprocess.Popen(
+                list(map(str, arguments)),
+                env=environment(4 // count, **places),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    return started
+
+
+def wait_for(condition, processes: list[subprocess.Popen]) -> None:
+    while not condition():
+        for process in processes:
+            assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+
+
+def shards(out: Path) -> int:
+    path = out / "manifest.json"
+    return len(json.loads(path.read_text())["shards"]) if path.is_file() else 0
+
+
+def together(count: int, out: Path) -> Path:
+    process = launch(count, out)
+    stdout, stderr = process.communicate(timeout=900)
+    assert process.returncode == 0, stderr
+    assert stdout.count("HEAL minus rejection sampling") == 1 and "Gloo" not in stdout + stderr
+    assert stderr.count("curate ") == 1  # one process speaks
+    return out
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """An uninterrupted run by two processes with two devices each."""
+    return together(2, tmp_path_factory.mktemp("processes") / "two")
+
+
+def test_any_number_of_processes_gives_the_same_run(two, teacher, tmp_path):
+    one = finished(tmp_path / "one", **MESH)
+    four = together(4, tmp_path / "four")
+    for out in (two, four):
+        assert same_run(teacher, one, out) <= 5
+    manifests = [json.loads((out / "manifest.json").read_text()) for out in (one, two, four)]
+    assert [m["processes"] for m in manifests] == [1, 2, 4]
+    assert [m["device"]["count"] for m in manifests] == [4, 4, 4]
+
+
+def content(out: Path) -> dict:
+    """Tables in order and weights."""
+    tables = {path.name: pq.read_table(path).to_pylist() for path in sorted(out.rglob("*.parquet"))}
+    return {"tables": json.dumps(tables, sort_keys=True), "weights": load_file(out / "export" / "model.safetensors")}
+
+
+def test_a_process_that_dies_ends_the_others_and_the_run_goes_on(two, tmp_path):
+    out = tmp_path / "killed"
+    # The second dies while they sample.
+    first, second = by_hand(2, out)
+    wait_for(lambda: shards(out) >= 1, [first, second])
+    second.kill()
+    _, said = first.communicate(timeout=PATIENCE)
+    assert first.returncode == 1
+    last = said.strip().splitlines()[-1]
+    assert last.startswith(GONE) and "\n" not in last and "Traceback" not in said and "***" not in said
+    second.communicate()
+
+    # The first, which coordinates, dies while they train; a shard that no manifest knows is made again.
+    made = {path: path.stat().st_mtime_ns for path in out.rglob("rollouts/*.parquet")}
+    manifest = json.loads((out / "manifest.json").read_text())
+    first, second = by_hand(2, out)
+    wait_for(lambda: (out / "metrics.jsonl").is_file(), [first, second])
+    first.kill()
+    _, said = second.communicate(timeout=PATIENCE)
+    assert second.returncode == 1
+    assert said.strip().splitlines()[-1].startswith(GONE) and "Traceback" not in said and "***" not in said
+    first.communicate()
+    for name in manifest["shards"]:
+        path = out / f"{name}.parquet"
+        assert path.stat().st_mtime_ns == made[path]
+
+    # With the launcher: it says who ended how, ends the others, and has the status.
+    process = launch(2, out)
+    wait_for(lambda: (out / "evaluation" / "teacher-00000.parquet").is_file(), [process])
+    victims = children(process.pid)
+    assert len(victims) == 2
+    os.kill(victims[1], signal.SIGKILL)
+    _, said = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 137 and "process 1 of 2 ended with status 137" in said
+    assert not any(Path(f"/proc/{pid}").exists() for pid in victims)
+
+    together(2, out)
+    found, wanted = content(out), content(two)
+    assert found["tables"] == wanted["tables"]
+    for name, weight in wanted["weights"].items():
+        np.testing.assert_array_equal(found["weights"][name], weight, err_msg=name)
+
+
+def children(pid: int) -> list[int]:
+    """The processes that another one started, in order."""
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return sorted(map(int, found))
+
+
+@pytest.mark.parametrize(
+    "environ, says",
+    [
+        ({"HEAL_COORDINATOR": "127.0.0.1:1"}, "HEAL_PROCESSES: a number is expected"),
+        ({"HEAL_COORDINATOR": "127.0.0.1:1", "HEAL_PROCESSES": "2", "HEAL_PROCESS_ID": "2"}, "0 to one less"),
+        ({"HEAL_COORDINATOR": "127.0.0.1", "HEAL_PROCESSES": "2", "HEAL_PROCESS_ID": "0"}, "HOST:PORT"),
+    ],
+)
+def test_an_environment_that_makes_no_sense(tmp_path, environ, says):
+    command = [*COMMAND, "run", str(TINY), "--out", str(tmp_path / "out")]
+    process = subprocess.run(command, env=environment(1, **environ), capture_output=True, text=True, timeout=300)
+    assert process.returncode == 2 and says in process.stderr and process.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_input_ends_all_alike(tmp_path):
+    """Every process says the same, with status 2, and nothing is written."""
+    process = launch(2, tmp_path / "out", "--mesh.tensor", "3")
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 2 and "mesh data=2 fsdp=2 tensor=3 needs 12 devices, there are 4; nearest:" in said
+    assert not (tmp_path / "out").exists()
