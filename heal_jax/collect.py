@@ -27,6 +27,7 @@ from heal_jax.rollout.generate import (
     split_steps,
 )
 from heal_jax.rollout.sampling import rules
+from heal_jax.rollout.thinking import thinking_part
 from heal_jax.run import Run, hindsight_question, hint_text
 from heal_jax.shapes import bucket
 from heal_jax.store import PROBLEMS, write_table
@@ -103,7 +104,7 @@ class Path:
     problem: Problem
     row: dict[str, Any]
     breakpoint: int  # gear.NONE where there is none
-    kept: int  # tokens
+    kept: tuple[int, ...]  # tokens
 
 
 def repair(run: Run) -> None:
@@ -112,22 +113,19 @@ def repair(run: Run) -> None:
     spec, n = config.sample, config.gear.repairs
     paths = failed_paths(run)
     hints = {p.id: tuple(lm.tokenizer.encode(hint_text(config, p))) for p in run.problems}
-    width = bucket(max(map(len, run.prompts.values())) + max((path.kept for path in paths), default=0))
+    width = bucket(max(map(len, run.prompts.values())) + max((len(path.kept) for path in paths), default=0))
     hint_width = bucket(max(map(len, hints.values())))
     shape = Shape(spec.batch // n, n, width, hint_width, spec.max_new_tokens)
-
-    def kept(path: Path) -> tuple[int, ...]:
-        return tuple(path.row["tokens"][: path.kept])
 
     def group(path: Path) -> Group:
         parent = path.row["rollout_id"].split("/")[-2]  # its index
         ids = tuple(f"{path.problem.id}/repair/{parent}.{i}/s{config.seed}" for i in range(n))
-        budget = spec.max_new_tokens - path.kept
-        return Group(run.prompts[path.problem.id] + kept(path), hints[path.problem.id], ids, budget)
+        budget = spec.max_new_tokens - len(path.kept)
+        return Group(run.prompts[path.problem.id] + path.kept, hints[path.problem.id], ids, budget)
 
     def made(path: Path) -> dict[str, Any]:
         step = None if path.breakpoint == gear.NONE else path.breakpoint
-        return {"kept": kept(path), "parent_id": path.row["rollout_id"], "breakpoint_step": step}
+        return {"kept": path.kept, "parent_id": path.row["rollout_id"], "breakpoint_step": step}
 
     _shards(run, "repair", paths, shape, group, made, lambda path: path.problem)
     run.directory.finish("repair", paths=len(paths))
@@ -147,7 +145,7 @@ def failed_paths(run: Run) -> list[Path]:
     if not rows:
         return []
     width = bucket(run.config.sample.max_new_tokens)
-    index, starts, count = split_steps(run.teacher, [thinking_part(run, row["tokens"]) for row in rows], width)
+    index, starts, count = thinking_steps(run, [row["tokens"] for row in rows], width)
     entropy = np.zeros((len(rows), width), np.float32)
     for i, row in enumerate(rows):
         entropy[i, : len(row["entropy"])] = row["entropy"]
@@ -166,7 +164,21 @@ def failed_paths(run: Run) -> list[Path]:
         surge_kind=spec.surge,
     )
     kept = gear.kept_tokens(jnp.asarray(starts), breakpoint, backup=spec.backup)
-    return [Path(*item) for item in zip(problems, rows, map(int, breakpoint), map(int, kept))]
+    return [
+        Path(p, row, int(k), tuple(row["tokens"][:n]) if n else opening(run, row["tokens"]))
+        for p, row, k, n in zip(problems, rows, breakpoint, map(int, kept))
+    ]
+
+
+def opening(run: Run, tokens: Sequence[int]) -> tuple[int, ...]:
+    """What a repair that keeps no step puts before the hint: nothing, or, for models that open their thinking part
+    themselves, the tag that does so, as the failed rollout wrote it or, where it did not, as the teacher's ids say it.
+    """
+    lm, spec = run.teacher, run.config.grade
+    if not spec.think_open:
+        return ()
+    first, _ = thinking_part(lm.tokenizer.spans(list(tokens)), len(tokens), spec)
+    return tuple(tokens[:first]) or tuple(lm.tokenizer.encode(spec.think_open))
 
 
 def prompt_width(run: Run) -> int:
@@ -219,7 +231,7 @@ def records(run: Run, made: Sequence[Made]) -> list[dict[str, Any]]:
     texts = [lm.tokenizer.text(list(m.decoded.tokens)) for m in made]
     grades = run.grader.grade_many([(m.problem, text, m.decoded.finish) for m, text in zip(made, texts)])
     width = bucket(run.config.sample.max_new_tokens)
-    index, starts, _ = split_steps(lm, [thinking_part(run, m.tokens) for m in made], width)
+    index, starts, _ = thinking_steps(run, [m.tokens for m in made], width)
     scores = _pure(run, made, [g.grade for g in grades], index)
     rows = []
     for i, (m, grade) in enumerate(zip(made, grades)):
@@ -252,15 +264,20 @@ def records(run: Run, made: Sequence[Made]) -> list[dict[str, Any]]:
     return rows
 
 
-def thinking_part(run: Run, tokens: Sequence[int]) -> list[int]:
-    """The tokens whose steps count: those before the last `grade.think_end`, all where it is not set or not there."""
-    end = run.config.grade.think_end
-    if end:
-        spans = run.teacher.tokenizer.spans(list(tokens))
-        at = "".join(text for text, _ in spans).rfind(end)
-        if at >= 0:
-            return [t for t, (_, start) in zip(tokens, spans) if start < at]
-    return list(tokens)
+def thinking_steps(
+    run: Run, rollouts: Sequence[Sequence[int]], width: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`split_steps` of the thinking parts; tokens outside them are of no step (-1)."""
+    spec = run.config.grade
+    if not spec.think_end:
+        return split_steps(run.teacher, rollouts, width)
+    parts = [thinking_part(run.teacher.tokenizer.spans(list(tokens)), len(tokens), spec) for tokens in rollouts]
+    inside = [tokens[first:last] for tokens, (first, last) in zip(rollouts, parts)]
+    index, starts, count = split_steps(run.teacher, inside, width)
+    for i, (first, _) in enumerate(parts):
+        if first:
+            index[i], starts[i] = np.roll(index[i], first), np.roll(starts[i], first)  # what comes round is padding
+    return index, starts, count
 
 
 def answer_tokens(run: Run, m: Made) -> tuple[int, int] | None:
