@@ -24,10 +24,9 @@ from heal_jax.rollout.generate import (
     generate,
     key_of,
     score_sequences,
-    split_steps,
 )
 from heal_jax.rollout.sampling import rules
-from heal_jax.rollout.thinking import thinking_part
+from heal_jax.rollout.thinking import opening, thinking_steps
 from heal_jax.run import Run, hindsight_question, hint_text
 from heal_jax.shapes import bucket
 from heal_jax.store import PROBLEMS, write_table
@@ -145,7 +144,7 @@ def failed_paths(run: Run) -> list[Path]:
     if not rows:
         return []
     width = bucket(run.config.sample.max_new_tokens)
-    index, starts, count = thinking_steps(run, [row["tokens"] for row in rows], width)
+    index, starts, count = thinking_steps(run.teacher, [row["tokens"] for row in rows], width, run.config.grade)
     entropy = np.zeros((len(rows), width), np.float32)
     for i, row in enumerate(rows):
         entropy[i, : len(row["entropy"])] = row["entropy"]
@@ -165,20 +164,11 @@ def failed_paths(run: Run) -> list[Path]:
     )
     kept = gear.kept_tokens(jnp.asarray(starts), breakpoint, backup=spec.backup)
     return [
-        Path(p, row, int(k), tuple(row["tokens"][:n]) if n else opening(run, row["tokens"]))
+        Path(
+            p, row, int(k), tuple(row["tokens"][:n]) or opening(run.teacher.tokenizer, row["tokens"], run.config.grade)
+        )
         for p, row, k, n in zip(problems, rows, breakpoint, map(int, kept))
     ]
-
-
-def opening(run: Run, tokens: Sequence[int]) -> tuple[int, ...]:
-    """What a repair that keeps no step puts before the hint: nothing, or, for models that open their thinking part
-    themselves, the tag that does so, as the failed rollout wrote it or, where it did not, as the teacher's ids say it.
-    """
-    lm, spec = run.teacher, run.config.grade
-    if not spec.think_open:
-        return ()
-    first, _ = thinking_part(lm.tokenizer.spans(list(tokens)), len(tokens), spec)
-    return tuple(tokens[:first]) or tuple(lm.tokenizer.encode(spec.think_open))
 
 
 def prompt_width(run: Run) -> int:
@@ -231,7 +221,7 @@ def records(run: Run, made: Sequence[Made]) -> list[dict[str, Any]]:
     texts = [lm.tokenizer.text(list(m.decoded.tokens)) for m in made]
     grades = run.grader.grade_many([(m.problem, text, m.decoded.finish) for m, text in zip(made, texts)])
     width = bucket(run.config.sample.max_new_tokens)
-    index, starts, _ = thinking_steps(run, [m.tokens for m in made], width)
+    index, starts, _ = thinking_steps(lm, [m.tokens for m in made], width, run.config.grade)
     scores = _pure(run, made, [g.grade for g in grades], index)
     rows = []
     for i, (m, grade) in enumerate(zip(made, grades)):
@@ -262,22 +252,6 @@ def records(run: Run, made: Sequence[Made]) -> list[dict[str, Any]]:
             }
         )
     return rows
-
-
-def thinking_steps(
-    run: Run, rollouts: Sequence[Sequence[int]], width: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """`split_steps` of the thinking parts; tokens outside them are of no step (-1)."""
-    spec = run.config.grade
-    if not spec.think_end:
-        return split_steps(run.teacher, rollouts, width)
-    parts = [thinking_part(run.teacher.tokenizer.spans(list(tokens)), len(tokens), spec) for tokens in rollouts]
-    inside = [tokens[first:last] for tokens, (first, last) in zip(rollouts, parts)]
-    index, starts, count = split_steps(run.teacher, inside, width)
-    for i, (first, _) in enumerate(parts):
-        if first:
-            index[i], starts[i] = np.roll(index[i], first), np.roll(starts[i], first)  # what comes round is padding
-    return index, starts, count
 
 
 def answer_tokens(run: Run, m: Made) -> tuple[int, int] | None:

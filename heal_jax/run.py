@@ -210,7 +210,7 @@ def _fits(config: Config, tokenizers: dict[str, Tokenizer], problems: list[Probl
 
 
 def _opens_no_thinking(config: Config, teacher: Tokenizer, question: str) -> None:
-    """Raise InputError where the prompt opens the thinking part: grade.think_open is for models that do so themselves."""
+    """Raise InputError where the prompt ends with grade.think_open: that is for models that write it themselves."""
     tag = config.grade.think_open.strip()
     if tag and teacher.text(teacher.prompt(question)).rstrip().endswith(tag):
         raise InputError(

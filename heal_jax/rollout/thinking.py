@@ -2,8 +2,36 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from heal_jax.config import GradeSpec
-from heal_jax.model.tokenizer import WHITE_SPACE
+from heal_jax.model.lm import LanguageModel
+from heal_jax.model.tokenizer import WHITE_SPACE, Tokenizer
+from heal_jax.rollout.generate import split_steps
+
+
+def thinking_steps(
+    lm: LanguageModel, rollouts: Sequence[Sequence[int]], width: int, spec: GradeSpec
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`split_steps` of the thinking parts of rollouts; tokens outside them are of no step (-1)."""
+    if not spec.think_end:
+        return split_steps(lm, rollouts, width)
+    parts = [thinking_part(lm.tokenizer.spans(list(tokens)), len(tokens), spec) for tokens in rollouts]
+    inside = [tokens[first:last] for tokens, (first, last) in zip(rollouts, parts)]
+    index, starts, count = split_steps(lm, inside, width)
+    for i, (first, _) in enumerate(parts):
+        index[i], starts[i] = np.roll(index[i], first), np.roll(starts[i], first)  # what comes round is padding
+    return index, starts, count
+
+
+def opening(tokenizer: Tokenizer, tokens: Sequence[int], spec: GradeSpec) -> tuple[int, ...]:
+    """What a repair that keeps no step puts before the hint: nothing, or, where models open their thinking part
+    themselves, the tag that does so, as the failed rollout wrote it or, where it did not, in the teacher's encoding.
+    """
+    if not spec.think_open:
+        return ()
+    first, _ = thinking_part(tokenizer.spans(list(tokens)), len(tokens), spec)
+    return tuple(tokens[:first]) or tuple(tokenizer.encode(spec.think_open))
 
 
 def thinking_part(spans: Sequence[tuple[str, int]], length: int, spec: GradeSpec) -> tuple[int, int]:
