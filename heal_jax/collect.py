@@ -24,9 +24,9 @@ from heal_jax.rollout.generate import (
     generate,
     key_of,
     score_sequences,
-    split_steps,
 )
 from heal_jax.rollout.sampling import rules
+from heal_jax.rollout.thinking import opening, thinking_steps
 from heal_jax.run import Run, hindsight_question, hint_text
 from heal_jax.shapes import bucket
 from heal_jax.store import PROBLEMS, write_table
@@ -104,7 +104,7 @@ class Path:
     problem: Problem
     row: dict[str, Any]
     breakpoint: int  # gear.NONE where there is none
-    kept: int  # tokens
+    kept: tuple[int, ...]  # tokens
 
 
 def repair(run: Run) -> None:
@@ -113,22 +113,19 @@ def repair(run: Run) -> None:
     spec, n = config.sample, config.gear.repairs
     paths = failed_paths(run)
     hints = {p.id: tuple(lm.tokenizer.encode(hint_text(config, p))) for p in run.problems}
-    width = bucket(max(map(len, run.prompts.values())) + max((path.kept for path in paths), default=0))
+    width = bucket(max(map(len, run.prompts.values())) + max((len(path.kept) for path in paths), default=0))
     hint_width = bucket(max(map(len, hints.values())))
     shape = Shape(spec.batch // n, n, width, hint_width, spec.max_new_tokens)
-
-    def kept(path: Path) -> tuple[int, ...]:
-        return tuple(path.row["tokens"][: path.kept])
 
     def group(path: Path) -> Group:
         parent = path.row["rollout_id"].split("/")[-2]  # its index
         ids = tuple(f"{path.problem.id}/repair/{parent}.{i}/s{config.seed}" for i in range(n))
-        budget = spec.max_new_tokens - path.kept
-        return Group(run.prompts[path.problem.id] + kept(path), hints[path.problem.id], ids, budget)
+        budget = spec.max_new_tokens - len(path.kept)
+        return Group(run.prompts[path.problem.id] + path.kept, hints[path.problem.id], ids, budget)
 
     def made(path: Path) -> dict[str, Any]:
         step = None if path.breakpoint == gear.NONE else path.breakpoint
-        return {"kept": kept(path), "parent_id": path.row["rollout_id"], "breakpoint_step": step}
+        return {"kept": path.kept, "parent_id": path.row["rollout_id"], "breakpoint_step": step}
 
     _shards(run, "repair", paths, shape, group, made, lambda path: path.problem)
     run.directory.finish("repair", paths=len(paths))
@@ -148,7 +145,7 @@ def failed_paths(run: Run) -> list[Path]:
     if not rows:
         return []
     width = bucket(run.config.sample.max_new_tokens)
-    index, starts, count = split_steps(run.teacher, [thinking_part(run, row["tokens"]) for row in rows], width)
+    index, starts, count = thinking_steps(run.teacher, [row["tokens"] for row in rows], width, run.config.grade)
     entropy = np.zeros((len(rows), width), np.float32)
     for i, row in enumerate(rows):
         entropy[i, : len(row["entropy"])] = row["entropy"]
@@ -167,7 +164,12 @@ def failed_paths(run: Run) -> list[Path]:
         surge_kind=spec.surge,
     )
     kept = gear.kept_tokens(jnp.asarray(starts), breakpoint, backup=spec.backup)
-    return [Path(*item) for item in zip(problems, rows, map(int, breakpoint), map(int, kept))]
+    return [
+        Path(
+            p, row, int(k), tuple(row["tokens"][:n]) or opening(run.teacher.tokenizer, row["tokens"], run.config.grade)
+        )
+        for p, row, k, n in zip(problems, rows, breakpoint, map(int, kept))
+    ]
 
 
 def prompt_width(run: Run) -> int:
@@ -222,7 +224,7 @@ def records(run: Run, made: Sequence[Made], owner: int = 0) -> list[dict[str, An
     texts = [lm.tokenizer.text(list(m.decoded.tokens)) for m in made]
     grades = run.grade([(m.problem, text, m.decoded.finish) for m, text in zip(made, texts)], owner)
     width = bucket(run.config.sample.max_new_tokens)
-    index, starts, _ = split_steps(lm, [thinking_part(run, m.tokens) for m in made], width)
+    index, starts, _ = thinking_steps(lm, [m.tokens for m in made], width, run.config.grade)
     scores = _pure(run, made, [g.grade for g in grades], index)
     rows = []
     for i, (m, grade) in enumerate(zip(made, grades)):
@@ -253,17 +255,6 @@ def records(run: Run, made: Sequence[Made], owner: int = 0) -> list[dict[str, An
             }
         )
     return rows
-
-
-def thinking_part(run: Run, tokens: Sequence[int]) -> list[int]:
-    """The tokens whose steps count: those before the last `grade.think_end`, all where it is not set or not there."""
-    end = run.config.grade.think_end
-    if end:
-        spans = run.teacher.tokenizer.spans(list(tokens))
-        at = "".join(text for text, _ in spans).rfind(end)
-        if at >= 0:
-            return [t for t, (_, start) in zip(tokens, spans) if start < at]
-    return list(tokens)
 
 
 def answer_tokens(run: Run, m: Made) -> tuple[int, int] | None:

@@ -223,6 +223,9 @@ class GradeSpec:
     """Closes the answer; nested braces are matched."""
     think_end: str = ""
     """Set for thinking models (such as "</think>"): steps lie before it, the answer after it."""
+    think_open: str = ""
+    """With think_end, for models that open their thinking part themselves (such as "<think>\n"): a repair that keeps
+    nothing puts it before the hint. Empty where the chat template's prompt ends with it."""
     timeout: Positive = 5.0
     """Seconds of processor time for one answer; a hanging expression costs this and nothing else."""
 
@@ -310,6 +313,8 @@ def validate(config: Config) -> None:
         raise InputError("gear.breakpoint: oracle needs a step checker, which only world: problems have; use surge")
     if not config.grade.answer_open or not config.grade.answer_close:
         raise InputError("grade.answer_open and grade.answer_close: text that is not empty is expected")
+    if config.grade.think_open and not (config.grade.think_open.strip() and config.grade.think_end):
+        raise InputError("grade.think_open: text that is not blank is expected, and grade.think_end with it")
 
 
 def to_dict(value: Any) -> Any:

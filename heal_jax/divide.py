@@ -25,6 +25,16 @@ def model_sizes(config: DecoderConfig, name: str) -> list[Size]:
         Size(f"the {name}'s hidden size {config.hidden_size}", "hidden", config.hidden_size),
         Size(f"the {name}'s intermediate size {config.intermediate_size}", "mlp", config.intermediate_size),
         Size(f"the {name}'s vocabulary of {config.vocab_size}", "vocab", config.vocab_size),
+        *_expert_sizes(config, name),
+    ]
+
+
+def _expert_sizes(config: DecoderConfig, name: str) -> list[Size]:
+    if not config.experts:
+        return []
+    return [
+        Size(f"the {name}'s {config.experts} experts", "expert", config.experts),
+        Size(f"the {name}'s expert size {config.expert_size}", "mlp", config.expert_size),
     ]
 
 
