@@ -288,7 +288,7 @@ def load(path: str | Path) -> Config:
 
 def validate(config: Config) -> None:
     """Ranges of every field, and what must hold between fields. Raises InputError."""
-    _check(config, "")
+    check(config, "")
     for path, template, names in (
         ("hindsight.prompt", config.hindsight.prompt, {"question", "answer"}),
         ("gear.hint", config.gear.hint, {"answer"}),
@@ -342,12 +342,13 @@ def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
-def _check(value: Any, path: str) -> None:
+def check(value: Any, path: str) -> None:
+    """Ranges of every field of a part of the config. Raises InputError."""
     hints = typing.get_type_hints(type(value), include_extras=True)
     for field in dataclasses.fields(value):
         item, hint, where = getattr(value, field.name), hints[field.name], _join(path, field.name)
         if dataclasses.is_dataclass(item):
-            _check(item, where)
+            check(item, where)
         for bound in getattr(hint, "__metadata__", ()):
             if isinstance(bound, Range) and not bound.holds(item):
                 raise InputError(f"{where}: {item!r} is out of range, allowed: {bound}")

@@ -2,16 +2,19 @@
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
 
-from heal_jax.model.lm import LanguageModel
+from heal_jax.config import SampleSpec, check
+from heal_jax.errors import InputError
+from heal_jax.model.lm import LanguageModel, Rollout
 from heal_jax.model.mesh import batch_parts, put_batch, using
 from heal_jax.processes import fetch
 from heal_jax.rollout.decode import key_words, roll_out, score
-from heal_jax.rollout.sampling import Rule
+from heal_jax.rollout.sampling import Rule, rules
 from heal_jax.rollout.steps import find_steps
 from heal_jax.shapes import bucket
 
@@ -97,6 +100,44 @@ def generate(lm: LanguageModel, groups: Sequence[Group], shape: Shape, rules: tu
         [decoded(i * shape.repeats + j, rollout_id) for j, rollout_id in enumerate(group.rollout_ids)]
         for i, group in enumerate(groups)
     ]
+
+
+def rollouts(
+    lm: LanguageModel, prompts: Sequence[str | Sequence[int]], spec: SampleSpec, seed: int
+) -> list[list[Rollout]]:
+    """`spec.n` rollouts of each prompt (text or token ids). Raises InputError; see `LanguageModel.generate`."""
+    check(spec, "")
+    ids = [lm.tokenizer.prompt(p) if isinstance(p, str) else [int(i) for i in p] for p in prompts]
+    if not ids:
+        return []
+    width, config = bucket(max(map(len, ids))), lm.model.config
+    if not all(ids) or min(map(min, ids)) < 0 or max(map(max, ids)) >= config.vocab_size:
+        raise InputError(f"prompts: at least one token each, with ids of 0 to {config.vocab_size - 1}, is expected")
+    if width + bucket(spec.max_new_tokens) > config.max_positions:
+        raise InputError(
+            f"prompts of up to {width} tokens and {spec.max_new_tokens} new ones need more than the model's "
+            f"{config.max_positions} positions; shorten one or the other"
+        )
+    parts = batch_parts(lm.mesh)
+    unit = parts // math.gcd(parts, spec.n)  # contexts whose rollouts the mesh divides
+    contexts = -(-min(spec.batch // spec.n, len(ids)) // unit) * unit
+    shape = Shape(contexts, spec.n, width, 0, spec.max_new_tokens)
+    groups = []
+    for i in ids:
+        name = hashlib.sha256(np.asarray(i, "<i4").tobytes()).hexdigest()
+        groups.append(Group(tuple(i), (), tuple(f"{name}/{j}/s{seed}" for j in range(spec.n)), spec.max_new_tokens))
+    made: list[list[Rollout]] = []
+    for start in range(0, len(groups), shape.contexts):
+        part = groups[start : start + shape.contexts]
+        for group, several in zip(part, generate(lm, part, shape, rules(spec))):
+            made.append(
+                [
+                    Rollout(group.context, lm.tokenizer.text(list(d.tokens)), d.tokens, d.entropy, d.logprob,
+                            d.sampling_logprob, d.finish)
+                    for d in several
+                ]
+            )  # fmt: skip
+    return made
 
 
 def score_sequences(
