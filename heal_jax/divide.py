@@ -20,10 +20,9 @@ class Size(NamedTuple):
 
 def model_sizes(config: DecoderConfig, name: str) -> list[Size]:
     """What a mesh splits of a model. Heads are split whole, and what divides the key-value heads divides all heads."""
-    return [
+    sizes = [
         Size(f"the {name}'s {config.num_kv_heads} key-value heads", "kv_heads", config.num_kv_heads),
         Size(f"the {name}'s hidden size {config.hidden_size}", "hidden", config.hidden_size),
-        Size(f"the {name}'s intermediate size {config.intermediate_size}", "mlp", config.intermediate_size),
         Size(f"the {name}'s vocabulary of {config.vocab_size}", "vocab", config.vocab_size),
         *_expert_sizes(config, name),
     ]
@@ -36,6 +35,15 @@ def _expert_sizes(config: DecoderConfig, name: str) -> list[Size]:
         Size(f"the {name}'s {config.experts} experts", "expert", config.experts),
         Size(f"the {name}'s expert size {config.expert_size}", "mlp", config.expert_size),
     ]
+    mixed = [config.has_experts(layer) for layer in range(config.num_layers)]
+    if any(mixed):
+        sizes.append(Size(f"the {name}'s {config.experts} experts", "expert", config.experts))
+        sizes.append(Size(f"the {name}'s expert size {config.expert_size}", "mlp", config.expert_size))
+    if not all(mixed):
+        sizes.append(
+            Size(f"the {name}'s intermediate size {config.intermediate_size}", "mlp", config.intermediate_size)
+        )
+    return sizes
 
 
 def batch_sizes(config: Config) -> list[Size]:

@@ -136,12 +136,15 @@ _handlers: list[Any] = []  # C code holds pointers to them
 def _end_in_one_line() -> None:
     """Where the runtime finds a peer dead it aborts with a stack dump: have that in a file, here a line and status 1.
 
-    From now on Python's stderr is what stderr was, and what C++ code writes there goes to a temporary file.
+    From now on Python's stdout and stderr are copies of what they were, and what C++ code writes there goes to a
+    temporary file.
     """
     descriptor, name = tempfile.mkstemp(prefix="heal-", suffix=".log")
     _details.append(Path(name))
+    sys.stdout.flush()
     sys.stderr.flush()
-    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
+    sys.stdout, sys.stderr = (os.fdopen(os.dup(number), "w", buffering=1) for number in (1, 2))
+    os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.close(descriptor)
 

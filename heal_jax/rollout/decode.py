@@ -143,10 +143,10 @@ def roll_out(
     cache = empty_cache(model.config, context.shape[0], width + max_new, model.embed[...].dtype)
     cache = placed(cache, "context")
     hidden, cache = model.extend(context, context_length, cache)
-    last = _last(hidden, context_length)
+    last = _last(constrain(hidden, "context", None, None), context_length)
     if hint.shape[1]:
         hidden, cache = model.extend(hint, hint_length, cache)
-        last = _last(hidden, hint_length)
+        last = _last(constrain(hidden, "context", None, None), hint_length)
     logits = jnp.repeat(model.logits(last), repeats, axis=0)
     typed = jax.random.wrap_key_data(keys, impl="threefry2x32")
     return decode(model, repeat_rows(cache, repeats), logits, typed, budget, eos_ids, rules, max_new)
