@@ -101,6 +101,9 @@ class ProblemSpec:
 class SampleSpec:
     """Unaided rollouts of the teacher."""
 
+    prompt: str = "{question}"
+    """The user turn of unaided rollouts, training examples and evaluation; must contain {question}. Models that were
+    not trained to give their answers as grade.answer_open asks have to be told how."""
     n: Count = 30
     """Rollouts a problem: N of the paper; fewer make the pass rate too coarse to tell unsolved from hard."""
     temperature: NonNegative = 1.0
@@ -283,6 +286,7 @@ def validate(config: Config) -> None:
     """Ranges of every field, and what must hold between fields. Raises InputError."""
     _check(config, "")
     for path, template, names in (
+        ("sample.prompt", config.sample.prompt, {"question"}),
         ("hindsight.prompt", config.hindsight.prompt, {"question", "answer"}),
         ("gear.hint", config.gear.hint, {"answer"}),
     ):

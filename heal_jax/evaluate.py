@@ -13,7 +13,7 @@ from heal_jax.model.lm import LanguageModel
 from heal_jax.problems.sources import Problem
 from heal_jax.rollout.generate import Group, Shape, generate
 from heal_jax.rollout.sampling import rules
-from heal_jax.run import Run
+from heal_jax.run import Run, plain_question
 from heal_jax.shapes import bucket
 from heal_jax.store import EVALUATION, read_table
 
@@ -39,7 +39,7 @@ def trained(run: Run, name: str) -> LanguageModel:
 def evaluate_one(run: Run, name: str) -> None:
     spec, k, most = run.config.evaluate, run.config.evaluate.samples, run.config.sample.max_new_tokens
     model = functools.cache(lambda: _model(run, name))  # opened by the first shard that is missing
-    prompts = {p.id: tuple(run.student.tokenizer.prompt(p.question)) for p in run.held_out}
+    prompts = {p.id: tuple(run.student.tokenizer.prompt(plain_question(run.config, p))) for p in run.held_out}
     width = bucket(max(map(len, prompts.values())))
     shape = Shape(run.config.sample.batch // k, k, width, 0, most)
     drawn = rules(dataclasses.replace(run.config.sample, temperature=spec.temperature))

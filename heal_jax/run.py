@@ -70,7 +70,8 @@ class Run:
     @functools.cached_property
     def prompts(self) -> dict[str, tuple[int, ...]]:
         """The plain prompt of each training problem."""
-        return {problem.id: tuple(self.teacher.tokenizer.prompt(problem.question)) for problem in self.problems}
+        prompt = self.teacher.tokenizer.prompt
+        return {problem.id: tuple(prompt(plain_question(self.config, problem))) for problem in self.problems}
 
     @contextlib.contextmanager
     def work(self, stage: str, tokens: list[int] | None = None) -> Iterator[None]:
@@ -109,7 +110,7 @@ def open_run(
     mesh = make_mesh(dataclasses.asdict(config.mesh))
     folders = {"teacher": resolve(config.teacher), "student": resolve(config.student)}
     tokenizer = open_tokenizer(folders["teacher"])
-    _same_prompts_and_ids(tokenizer, open_tokenizer(folders["student"]), problems[0].question)
+    _same_prompts_and_ids(tokenizer, open_tokenizer(folders["student"]), plain_question(config, problems[0]))
     _fits(config, tokenizer, [*problems, *held_out], list(folders.values()))
     for folder in dict.fromkeys(folders.values()):
         check_weights(folder)
@@ -190,7 +191,9 @@ def _writable(out: Path) -> None:
 def _fits(config: Config, tokenizer: Tokenizer, problems: list[Problem], folders: list[Path]) -> None:
     """Longest context and rollout against the models' positions."""
     hint = max(len(tokenizer.encode(hint_text(config, p))) for p in problems)
-    shown = max(len(tokenizer.prompt(hindsight_question(config, p))) for p in problems)
+    shown = max(
+        len(tokenizer.prompt(question(config, p))) for p in problems for question in (plain_question, hindsight_question)
+    )
     need = bucket(shown) + bucket(hint) + bucket(config.sample.max_new_tokens)
     for folder in folders:
         if need > (have := decoder_config(folder).max_positions):
@@ -200,8 +203,13 @@ def _fits(config: Config, tokenizer: Tokenizer, problems: list[Problem], folders
             )
 
 
+def plain_question(config: Config, problem: Problem) -> str:
+    """The user turn of unaided rollouts, training examples and evaluation."""
+    return config.sample.prompt.replace("{question}", problem.question)
+
+
 def hindsight_question(config: Config, problem: Problem) -> str:
-    """The question with the answer in view."""
+    """The user turn with the answer in view."""
     # One pass over the template: questions and answers may hold braces.
     fields = {"{question}": problem.question, "{answer}": problem.answer}
     return re.sub(r"\{question\}|\{answer\}", lambda match: fields[match[0]], config.hindsight.prompt)
