@@ -91,6 +91,9 @@ class ProblemSpec:
     """world: problems of each level, such as {easy: 60, medium: 80, hard: 60}."""
     limit: Annotated[int, Range(ge=0)] = 0
     """rg, jsonl: at most this many problems; 0 takes all (rg: 100)."""
+    skip: Annotated[int, Range(ge=0)] = 0
+    """rg, jsonl: leave out the first so many, and later problems that repeat one of them: training and held-out
+    problems can then come from one file, or from a family with few different questions."""
     seed: Seed = 0
     """world, rg: which problems the generator makes; apart from the run's seed so that seeds share problems."""
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
