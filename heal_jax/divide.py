@@ -24,16 +24,6 @@ def model_sizes(config: DecoderConfig, name: str) -> list[Size]:
         Size(f"the {name}'s {config.num_kv_heads} key-value heads", "kv_heads", config.num_kv_heads),
         Size(f"the {name}'s hidden size {config.hidden_size}", "hidden", config.hidden_size),
         Size(f"the {name}'s vocabulary of {config.vocab_size}", "vocab", config.vocab_size),
-        *_expert_sizes(config, name),
-    ]
-
-
-def _expert_sizes(config: DecoderConfig, name: str) -> list[Size]:
-    if not config.experts:
-        return []
-    return [
-        Size(f"the {name}'s {config.experts} experts", "expert", config.experts),
-        Size(f"the {name}'s expert size {config.expert_size}", "mlp", config.expert_size),
     ]
     mixed = [config.has_experts(layer) for layer in range(config.num_layers)]
     if any(mixed):

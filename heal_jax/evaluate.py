@@ -41,7 +41,7 @@ def evaluate_one(run: Run, name: str) -> None:
     spec, k, most = run.config.evaluate, run.config.evaluate.samples, run.config.sample.max_new_tokens
     model = functools.cache(lambda: _model(run, name))  # opened by the first shard that is missing
     # Each model with its own tokenizer, chat template and EOS.
-    prompts = plain_prompts(run.tokenizers["teacher" if name == "teacher" else "student"], run.held_out)
+    prompts = plain_prompts(run.config, run.tokenizers["teacher" if name == "teacher" else "student"], run.held_out)
     width = bucket(max(map(len, prompts.values())))
     shape = Shape(run.config.sample.batch // k, k, width, 0, most)
     drawn = rules(dataclasses.replace(run.config.sample, temperature=spec.temperature))

@@ -73,12 +73,12 @@ class Run:
     @functools.cached_property
     def prompts(self) -> dict[str, tuple[int, ...]]:
         """The plain prompt of each training problem, as the teacher has it."""
-        return plain_prompts(self.tokenizers["teacher"], self.problems)
+        return plain_prompts(self.config, self.tokenizers["teacher"], self.problems)
 
     @functools.cached_property
     def student_prompts(self) -> dict[str, tuple[int, ...]]:
         """The same as the student has it."""
-        return plain_prompts(self.tokenizers["student"], self.problems)
+        return plain_prompts(self.config, self.tokenizers["student"], self.problems)
 
     @functools.cached_property
     def same_ids(self) -> bool:
@@ -137,7 +137,7 @@ def open_run(
     require(mesh.shape, split)
     tokenizers = {name: open_tokenizer(folder) for name, folder in folders.items()}
     _fits(config, tokenizers, [*problems, *held_out])
-    _opens_no_thinking(config, tokenizers["teacher"], problems[0].question)
+    _opens_no_thinking(config, tokenizers["teacher"], plain_question(config, problems[0]))
     for folder in dict.fromkeys(folders.values()):
         check_weights(folder)
     facts = {
@@ -203,9 +203,9 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def plain_prompts(tokenizer: Tokenizer, problems: Sequence[Problem]) -> dict[str, tuple[int, ...]]:
+def plain_prompts(config: Config, tokenizer: Tokenizer, problems: Sequence[Problem]) -> dict[str, tuple[int, ...]]:
     """The prompt of each problem, by id."""
-    return {problem.id: tuple(tokenizer.prompt(problem.question)) for problem in problems}
+    return {problem.id: tuple(tokenizer.prompt(plain_question(config, problem))) for problem in problems}
 
 
 def _writable(out: Path) -> None:
@@ -219,9 +219,10 @@ def _writable(out: Path) -> None:
 def _fits(config: Config, tokenizers: dict[str, Tokenizer], problems: list[Problem]) -> None:
     """Longest context and rollout of each model against its positions; the student sees no hints."""
     teacher = tokenizers["teacher"]
-    shown = max(len(teacher.prompt(hindsight_question(config, p))) for p in problems)
+    questions = (plain_question, hindsight_question)
+    shown = max(len(teacher.prompt(question(config, p))) for p in problems for question in questions)
     hint = max(len(teacher.encode(hint_text(config, p))) for p in problems)
-    plain = max(map(len, plain_prompts(tokenizers["student"], problems).values()))
+    plain = max(map(len, plain_prompts(config, tokenizers["student"], problems).values()))
     for name, prompt, after in (("teacher", shown, hint), ("student", plain, 0)):
         folder = tokenizers[name].folder
         need = bucket(prompt) + (bucket(after) if after else 0) + bucket(config.sample.max_new_tokens)
@@ -242,8 +243,13 @@ def _opens_no_thinking(config: Config, teacher: Tokenizer, question: str) -> Non
         )
 
 
+def plain_question(config: Config, problem: Problem) -> str:
+    """The user turn of unaided rollouts, training examples and evaluation."""
+    return config.sample.prompt.replace("{question}", problem.question)
+
+
 def hindsight_question(config: Config, problem: Problem) -> str:
-    """The question with the answer in view."""
+    """The user turn with the answer in view."""
     # One pass over the template: questions and answers may hold braces.
     fields = {"{question}": problem.question, "{answer}": problem.answer}
     return re.sub(r"\{question\}|\{answer\}", lambda match: fields[match[0]], config.hindsight.prompt)

@@ -61,6 +61,7 @@ def test_world_gives_the_levels_asked_for():
         (ProblemSpec(source="world:moon", counts={"easy": 1}), "world:sums"),
         (ProblemSpec(counts={"easy": 1}, limit=3), "problems.limit"),
         (ProblemSpec(counts={"easy": 1}, options={"a": 1}), "problems.options"),
+        (ProblemSpec(counts={"easy": 1}, skip=3), "problems.skip"),
         (ProblemSpec(source="jsonl:x", counts={"easy": 1}), "problems.counts"),
         (ProblemSpec(source="sums"), "rg:FAMILY"),
         (ProblemSpec(source="rg:"), "rg:FAMILY"),
@@ -93,6 +94,20 @@ def test_options_reach_the_family_and_repeats_are_skipped():
     assert len({p.question for p in problems}) == len(problems)
     assert {p.level for p in problems} == {"num_terms=2,num_digits=1"} and {p.scorer for p in problems} == {"math"}
     assert all(p.metadata["source_options"] == options and len(p.answer) <= 2 for p in problems)
+
+
+def test_skip_splits_a_family_with_few_questions():
+    options = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
+
+    def drawn(**fields):
+        return load(ProblemSpec(source="rg:chain_sum", options=options, **fields), "auto")
+
+    whole, first, rest = drawn(limit=200), drawn(limit=60), drawn(skip=60, limit=140, split="test")
+    assert [p.question for p in first + rest] == [p.question for p in whole]
+    sources.check_disjoint(first, rest)
+    with pytest.raises(InputError):
+        sources.check_disjoint(first, drawn(limit=140, seed=1))  # another seed does not keep them apart
+    assert "problems.skip" in refusal(ProblemSpec(source="rg:chain_sum", options=options, skip=3000, limit=1))
 
 
 def test_an_unknown_family_is_one_line():
