@@ -23,9 +23,9 @@ _WIDTH = {"pred": 1, "bf16": 2, "token": 0, "s4": 0.5, "u4": 0.5}  # others end 
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 _NO_TRAFFIC = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id"}
 _NO_TRAFFIC |= {"replica-id", "opt-barrier", "async-update", "domain"}
-# Custom calls of the TPU compiler that move nothing or are cheap; others are named in `Cost.uncounted`.
-_BENIGN = {"ConcatBitcast", "GatherScatterIndicesBitpacked", "AssumeGatherIndicesInBound", "AllocateBuffer", "Sharding"}
-_BENIGN |= {"X64Combine", "X64SplitLow", "X64SplitHigh", "TopK"}
+# Custom calls that compute: Pallas kernels, and the libraries that other compilers call. The TPU compiler's own move data.
+_COMPUTES = re.compile(r"tpu_custom_call$|__|Mosaic")
+_VIEWS = {"ConcatBitcast", "AllocateBuffer", "AssumeGatherIndicesInBound"}  # of the others, those that touch nothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,13 +166,18 @@ def _instruction(name: str, rest: str) -> Instruction:
 
 
 class Program:
-    """A compiled program's text, parsed."""
+    """A compiled program's text, parsed. `slots`: of the cache that its decode loop carries; 0 where it has none.
 
-    def __init__(self, text: str):
+    A loop whose trip count the data decide is the decode loop if it carries the cache; the body of any other is counted
+    once, and that is told in `Cost.uncounted`.
+    """
+
+    def __init__(self, text: str, slots: int = 0):
         self.computations, self.entry = parse(text)
+        self.slots = slots
 
     def cost(self, trips: float) -> Cost:
-        """One execution, when each loop whose trip count only the data decide runs `trips` times."""
+        """One execution, with `trips` decode steps."""
         memo: dict[str, Cost] = {}
 
         def whole(name: str) -> Cost:
@@ -189,6 +194,8 @@ class Program:
             if opcode == "while":
                 count = self.trip_count(instruction, computation)
                 inside = whole(instruction.called("body")[0]).plus(whole(instruction.called("condition")[0]))
+                if count is None and not self._cache(instruction):
+                    return inside.plus(Cost(uncounted=Counter({"while (data decide how often)": 1})))
                 return Cost().plus(inside, trips if count is None else count)
             if opcode == "conditional":
                 branches = instruction.called("branch_computations", "true_computation", "false_computation")
@@ -216,8 +223,9 @@ class Program:
             bytes_ = 2 * sum(collective.payload.values()) if _in_hbm(instruction.arrays) else 0.0
         elif opcode == "custom-call":
             target = re.search(r'custom_call_target="([^"]*)"', instruction.attributes)
-            if target is None or target[1] not in _BENIGN:
-                uncounted[target[1] if target else "?"] += 1
+            if target and _COMPUTES.match(target[1]):
+                uncounted[target[1]] += 1
+            if target is None or target[1] not in _VIEWS:
                 bytes_ = _plain_bytes(instruction, self._operands(instruction, computation))
         else:
             bytes_ = _plain_bytes(instruction, self._operands(instruction, computation))
@@ -241,7 +249,7 @@ class Program:
                 collective = collective.plus(_collective(kind, instruction, self._operands(instruction, computation)))
             elif instruction.opcode == "custom-call":
                 target = re.search(r'custom_call_target="([^"]*)"', instruction.attributes)
-                if target and target[1] not in _BENIGN:
+                if target and _COMPUTES.match(target[1]):
                     uncounted[target[1]] += 1
             else:
                 flops += self._flops(instruction, computation)
@@ -309,14 +317,22 @@ class Program:
             same = kept.opcode == "get-tuple-element" and re.search(rf"index={n}\b", kept.attributes) is not None
         return constant if same else ("counter" if constant == 0 else None)
 
-    def carried(self, dim: int) -> float:
-        """Bytes of the rank-4 arrays with this dimension (the caches) that loops without a known count carry."""
-        total = 0.0
-        for computation in self.computations.values():
-            for instruction in computation.instructions.values():
-                if instruction.opcode == "while" and self.trip_count(instruction, computation) is None:
-                    total += sum(a.size for a in instruction.arrays if len(a.dims) == 4 and dim in a.dims[2:])
-        return total
+    def _cache(self, loop: Instruction) -> float:
+        """Bytes of the caches ([B, K, E, S] and [B, K, S, E]) among what a loop carries."""
+        if not self.slots:
+            return 0.0
+        return sum(a.size for a in loop.arrays if len(a.dims) == 4 and self.slots in a.dims[2:])
+
+    @property
+    def cache(self) -> float:
+        """Bytes of the decode loop's cache on a chip."""
+        loops = [
+            self._cache(instruction)
+            for computation in self.computations.values()
+            for instruction in computation.instructions.values()
+            if instruction.opcode == "while" and self.trip_count(instruction, computation) is None
+        ]
+        return max(loops, default=0.0)
 
 
 def _in_hbm(arrays: tuple[Array, ...]) -> bool:
