@@ -23,7 +23,7 @@ _WIDTH = {"pred": 1, "bf16": 2, "token": 0, "s4": 0.5, "u4": 0.5}  # others end 
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 _NO_TRAFFIC = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id"}
 _NO_TRAFFIC |= {"replica-id", "opt-barrier", "async-update", "domain"}
-# Custom calls that compute: Pallas kernels, and the libraries that other compilers call. The TPU compiler's own move data.
+# Custom calls that compute: Pallas kernels, and other compilers' libraries. The TPU compiler's own move data.
 _COMPUTES = re.compile(r"tpu_custom_call$|__|Mosaic")
 _VIEWS = {"ConcatBitcast", "AllocateBuffer", "AssumeGatherIndicesInBound"}  # of the others, those that touch nothing
 
