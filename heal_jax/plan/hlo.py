@@ -216,8 +216,8 @@ class Program:
         uncounted: Counter[str] = Counter()
         if opcode == "fusion":
             inner = self.computations[instruction.called("calls")[0]]
-            flops, collective, uncounted = self._inside(inner)
-            bytes_ = self._fusion_bytes(instruction, inner, computation)
+            flops, collective, uncounted = self._inside(instruction.called("calls")[0])
+            bytes_ = self._fusion_bytes(instruction, inner, computation) + 2 * sum(collective.payload.values())
         elif (kind := opcode.removesuffix("-start")) in _COLLECTIVES:
             collective = _collective(kind, instruction, self._operands(instruction, computation))
             bytes_ = 2 * sum(collective.payload.values()) if _in_hbm(instruction.arrays) else 0.0
@@ -234,14 +234,21 @@ class Program:
     def _operands(self, instruction: Instruction, computation: Computation) -> list[tuple[Array, ...]]:
         return [computation.instructions[name].arrays for name in instruction.operands]
 
-    def _inside(self, computation: Computation) -> tuple[float, Cost, Counter[str]]:
+    def _inside(self, name: str) -> tuple[float, Cost, Counter[str]]:
         """FLOPs, collectives and unknown calls inside a fused computation."""
         flops, collective, uncounted = 0.0, Cost(), Counter[str]()
+        computation = self.computations[name]
+        # The TPU compiler spreads a collective over fusions (start, some that compute meanwhile, done) and names it in
+        # each; it is counted at its start.
+        calls = "".join(i.attributes for i in computation.instructions.values() if i.opcode == "custom-call")
+        goes_on = name.startswith("async_collective_fusion") or '"AsyncCollectiveDone"' in calls
         for instruction in computation.instructions.values():
             kind = instruction.opcode.removesuffix("-start")
             if instruction.opcode == "fusion":
-                more = self._inside(self.computations[instruction.called("calls")[0]])
+                more = self._inside(instruction.called("calls")[0])
                 flops, collective, uncounted = flops + more[0], collective.plus(more[1]), uncounted + more[2]
+            elif kind in _COLLECTIVES and goes_on:
+                continue
             elif kind in _COLLECTIVES:
                 # The TPU compiler writes a reduce-scatter as an all-reduce fused with the slice that each chip keeps.
                 sliced = any(user.opcode == "dynamic-slice" for user in computation.users[instruction.name])
@@ -350,8 +357,11 @@ def _through(computation: Computation, name: str) -> list[Instruction]:
 def _read(inner: Computation, parameter: str, size: float) -> float:
     """Bytes a fusion reads of a parameter: its slices where it only slices, none where it only updates, else `size`."""
     names = {parameter} | {u.name for u in inner.users[parameter] if u.opcode in ("bitcast", "reshape")}
+    root = inner.instructions[inner.root]
     total = 0.0
     for user in _through(inner, parameter):
+        if user is root and root.opcode == "tuple":
+            continue  # passes through
         first = user.operands[0] in names
         if first and user.opcode in ("dynamic-slice", "slice", "gather"):
             total += sum(a.size for a in user.arrays)
@@ -361,9 +371,11 @@ def _read(inner: Computation, parameter: str, size: float) -> float:
 
 
 def _written(inner: Computation, result: Instruction, size: float) -> float:
-    """Bytes a fusion writes of a result: what an update in place touches (and reads, for a scatter), else all."""
+    """Bytes a fusion writes of a result: what an update in place touches, nothing of what passes through, else all."""
     while result.opcode in ("bitcast", "reshape"):
         result = inner.instructions[result.operands[0]]
+    if result.opcode == "parameter" or result.opcode in _COLLECTIVES:
+        return 0.0
     if result.opcode in ("dynamic-update-slice", "scatter"):
         target = inner.instructions[result.operands[0]]
         while target.opcode in ("bitcast", "reshape"):

@@ -54,7 +54,11 @@ class Weights:
         return Model(graph, params, self.config)
 
     def with_layers(self, layers: int) -> "Weights":
-        return dataclasses.replace(self, config=dataclasses.replace(self.config, num_layers=layers))
+        """The same with the first `layers` layers alone."""
+        c = self.config
+        dense = tuple(layer for layer in c.dense_layers if layer < layers)
+        fewer = dataclasses.replace(c, num_layers=layers, sliding=c.sliding[:layers], dense_layers=dense)
+        return dataclasses.replace(self, config=fewer)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,15 +112,16 @@ class RollOut(Program):
         model = self.model.on(mesh)
         arrays = _placed(mesh, batch_arrays([Group((0,), (0,), (), 1)], self.batch))
         eos = _placed(mesh, jax.ShapeDtypeStruct((1,), jnp.int32), None)
-        return roll_out.lower(
-            model.graph,
-            model.params,
-            *arrays,
-            eos,
-            rules=self.drawn,
-            repeats=self.batch.repeats,
-            max_new=bucket(self.batch.max_new),
-        )
+        with jax.set_mesh(mesh):
+            return roll_out.lower(
+                model.graph,
+                model.params,
+                *arrays,
+                eos,
+                rules=self.drawn,
+                repeats=self.batch.repeats,
+                max_new=bucket(self.batch.max_new),
+            )
 
     def analytic(self) -> tuple[float, float]:
         b, config = self.batch, self.model.config
@@ -139,10 +144,11 @@ class Score(Program):
     def lower(self, mesh: Mesh) -> Any:
         model = self.model.on(mesh)
         tokens = _placed(mesh, jax.ShapeDtypeStruct((self.rows, self.width), jnp.int32))
-        return score.lower(model.graph, model.params, tokens)
+        with jax.set_mesh(mesh):
+            return score.lower(model.graph, model.params, tokens)
 
     def analytic(self) -> tuple[float, float]:
-        config, tokens = self.model.config, self.width - 1
+        config, tokens = self.model.config, self.width
         return self.rows * (flops.blocks(config, tokens, tokens) + tokens * flops.head(config)), 0.0
 
 
@@ -166,12 +172,12 @@ class Train(Program):
         batch = [jax.ShapeDtypeStruct((self.rows, self.width), kind) for kind in (jnp.int32, jnp.bool_)]
         pinned = tuple(leaf.sharding for leaf in jax.tree.leaves((state["params"], state["opt_state"])))
         dtype = jnp.dtype(self.model.dtype)
-        return train_step.lower(
-            model.graph, transform, state["params"], state["opt_state"], *_placed(mesh, batch), dtype, pinned
-        )
+        arguments = model.graph, transform, state["params"], state["opt_state"], *_placed(mesh, batch)
+        with jax.set_mesh(mesh):
+            return train_step.lower(*arguments, dtype, pinned, self.config.train.remat)
 
     def analytic(self) -> tuple[float, float]:
-        return self.rows * flops.training(self.model.config, self.width - 1, remat=False), 0.0
+        return self.rows * flops.training(self.model.config, self.width, self.config.train.remat), 0.0
 
     def memory(self, mesh: Mesh) -> dict[str, float]:
         state = self._state(mesh)
