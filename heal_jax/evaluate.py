@@ -28,6 +28,7 @@ def evaluate(run: Run) -> None:
     """
     for model in MODELS:
         evaluate_one(run, model)
+        run.release_teacher()
     run.directory.finish("evaluate", samples=run.config.evaluate.samples)
 
 

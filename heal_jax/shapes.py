@@ -17,19 +17,28 @@ def bucket(length: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """The static shape of a stage's batches: contexts a batch, rollouts a context, lengths in tokens."""
+    """The static shape of a stage's batches: contexts a batch, rollouts a context, lengths in tokens.
+
+    kept: of the longest context, how many tokens count against its rollouts' budget of new ones.
+    """
 
     contexts: int
     repeats: int
     context_length: int
     hint_length: int
     max_new: int
+    kept: int = 0
+
+    @property
+    def slots(self) -> int:
+        """Of the cache: what a row keeps of its budget it does not decode."""
+        return bucket(self.context_length - self.kept) + self.hint_length + bucket(self.max_new)
 
 
-def _shape(config: Config, repeats: int, context: int, hint: int = 0) -> Shape:
+def _shape(config: Config, repeats: int, prompt: int, kept: int = 0, hint: int = 0) -> Shape:
     """Whole groups of `repeats` rollouts that share a context, as many as sample.batch holds."""
-    width = bucket(hint) if hint else 0
-    return Shape(config.sample.batch // repeats, repeats, bucket(context), width, config.sample.max_new_tokens)
+    contexts, hint_width = config.sample.batch // repeats, bucket(hint) if hint else 0
+    return Shape(contexts, repeats, bucket(prompt + kept), hint_width, config.sample.max_new_tokens, kept)
 
 
 def sample_shape(config: Config, prompt: int) -> Shape:
@@ -44,7 +53,7 @@ def hindsight_shape(config: Config, shown: int) -> Shape:
 
 def repair_shape(config: Config, prompt: int, kept: int, hint: int) -> Shape:
     """Continuations after prompt, kept prefix and hint: tokens of the longest of each."""
-    return _shape(config, config.gear.repairs, prompt + kept, hint)
+    return _shape(config, config.gear.repairs, prompt, kept, hint)
 
 
 def evaluate_shape(config: Config, prompt: int) -> Shape:

@@ -18,7 +18,7 @@ from heal_jax.config import Config, ModelSpec
 from heal_jax.model.config import DecoderConfig, decoder_config
 from heal_jax.model.decoder import Model, abstract
 from heal_jax.model.lm import resolve
-from heal_jax.model.mesh import sharding
+from heal_jax.model.mesh import sharding, using, whole_rows
 from heal_jax.model.weights import shardings
 from heal_jax.plan import flops
 from heal_jax.plan.workload import Workload
@@ -110,9 +110,10 @@ class RollOut(Program):
 
     def lower(self, mesh: Mesh) -> Any:
         model = self.model.on(mesh)
-        arrays = _placed(mesh, batch_arrays([Group((0,), (0,), (), 1)], self.batch))
+        contexts, rows = batch_arrays([Group((0,), (0,), (), 1)], self.batch)
+        arrays = *_placed(mesh, contexts, "context"), *_placed(mesh, rows)
         eos = _placed(mesh, jax.ShapeDtypeStruct((1,), jnp.int32), None)
-        with jax.set_mesh(mesh):
+        with using(mesh):
             return roll_out.lower(
                 model.graph,
                 model.params,
@@ -121,6 +122,7 @@ class RollOut(Program):
                 rules=self.drawn,
                 repeats=self.batch.repeats,
                 max_new=bucket(self.batch.max_new),
+                slots=self.slots,
             )
 
     def analytic(self) -> tuple[float, float]:
@@ -144,7 +146,7 @@ class Score(Program):
     def lower(self, mesh: Mesh) -> Any:
         model = self.model.on(mesh)
         tokens = _placed(mesh, jax.ShapeDtypeStruct((self.rows, self.width), jnp.int32))
-        with jax.set_mesh(mesh):
+        with using(mesh):
             return score.lower(model.graph, model.params, tokens)
 
     def analytic(self) -> tuple[float, float]:
@@ -173,7 +175,7 @@ class Train(Program):
         pinned = tuple(leaf.sharding for leaf in jax.tree.leaves((state["params"], state["opt_state"])))
         dtype = jnp.dtype(self.model.dtype)
         arguments = model.graph, transform, state["params"], state["opt_state"], *_placed(mesh, batch)
-        with jax.set_mesh(mesh):
+        with using(mesh):
             return train_step.lower(*arguments, dtype, pinned, self.config.train.remat)
 
     def analytic(self) -> tuple[float, float]:
@@ -205,7 +207,7 @@ def folders(config: Config) -> dict[str, Path]:
     return {"teacher": resolve(config.teacher), "student": resolve(config.student)}
 
 
-def programs(config: Config, work: Workload) -> list[Program]:
+def programs(config: Config, work: Workload, mesh: Mesh) -> list[Program]:
     """Every program of the run, equal ones once, in the order of the stages."""
 
     def weights(name: str, spec: ModelSpec) -> Weights:
@@ -213,7 +215,7 @@ def programs(config: Config, work: Workload) -> list[Program]:
 
     teacher, student = weights("teacher", config.teacher), weights("student", config.student)
     found: list[Program] = []
-    for program in _all(config, work, teacher, student):
+    for program in _all(config, work, mesh, teacher, student):
         same = [i for i, other in enumerate(found) if _same(program, other)]
         if same:
             other = found[same[0]]
@@ -235,14 +237,15 @@ def _same(a: Program, b: Program) -> bool:
     return type(a) is type(b) and key(a) == key(b)
 
 
-def _all(config: Config, work: Workload, teacher: Weights, student: Weights) -> Iterator[Program]:
+def _all(config: Config, work: Workload, mesh: Mesh, teacher: Weights, student: Weights) -> Iterator[Program]:
     def rolled(stage: str, model: Weights, shape: Shape, units: float, *resident: Weights, calls: int = 1) -> RollOut:
-        slots = shape.context_length + shape.hint_length + bucket(shape.max_new)
         batches = calls * math.ceil(units / shape.contexts)
         spec = config.sample
         if stage.startswith("evaluate"):
             spec = dataclasses.replace(spec, temperature=config.evaluate.temperature)
-        return RollOut((stage,), model, resident, batches, work.decode_steps, slots, batch=shape, drawn=rules(spec))
+        return RollOut(
+            (stage,), model, resident, batches, work.decode_steps, shape.slots, batch=shape, drawn=rules(spec)
+        )
 
     hard, paths = work.problems * work.hard, work.problems * work.unsolved * config.gear.paths
     yield rolled("sample", teacher, sample_shape(config, work.prompt), work.problems)
@@ -251,12 +254,13 @@ def _all(config: Config, work: Workload, teacher: Weights, student: Weights) -> 
     repair = rolled("repair", teacher, repair_shape(config, work.prompt, work.kept, work.hint), paths)
     yield repair
     # Every aided rollout, batch by batch of the stage that made it: at most so many, since only the correct are scored.
-    rows = config.pure.batch
+    rows = whole_rows(mesh, config.pure.batch)
     calls = sum(p.calls * math.ceil(p.batch.contexts * p.batch.repeats / rows) for p in (hindsight, repair))
     yield Score(("score",), teacher, (), calls, rows=rows, width=score_width(config, work.prompt))
     width = bucket(config.train.max_tokens)
     updates = 2 * config.train.steps  # HEAL and the baseline
     yield Train(("train",), student, (student,), updates, rows=config.train.batch, width=width, config=config)
-    held_out = evaluate_shape(config, work.held_out_prompt)
-    yield rolled("evaluate teacher", teacher, held_out, work.held_out, student)
-    yield rolled("evaluate student", student, held_out, work.held_out, student, calls=3)
+    # Other models' weights that are in memory then: the student as it was, from before its training on.
+    for model, calls in ((teacher, 1), (student, 3)):
+        shape = evaluate_shape(config, work.held_out_prompts[model.name])
+        yield rolled(f"evaluate {model.name}", model, shape, work.held_out, student, calls=calls)

@@ -41,15 +41,15 @@ class Assumptions:
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """Tokens of the longest prompt, prompt with the answer shown, held-out prompt, hint and kept prefix; problems;
-    decode steps of a batch; shares of hard and unsolved problems; what was assumed, in words.
+    """Tokens of the longest prompt, prompt with the answer shown, hint, kept prefix and held-out prompt (as teacher and
+    student have it); problems; decode steps of a batch; shares of hard and unsolved problems; what was assumed.
     """
 
     prompt: int
     shown: int
-    held_out_prompt: int
     hint: int
     kept: int
+    held_out_prompts: dict[str, int]
     problems: int
     held_out: int
     decode_steps: int
@@ -74,28 +74,27 @@ def workload(config: Config, folders: dict[str, Path], assumptions: Assumptions)
         return default
 
     has_text = all(any((folder / name).is_file() for name in TOKENIZER_FILES) for folder in folders.values())
-    measured: dict[str, int | None] = dict.fromkeys(("prompt", "shown", "hint", "held_out"))
-    if has_text and train:
-        tokenizer = open_tokenizer(folders["teacher"])
+    tokenizers = {name: open_tokenizer(folder) for name, folder in folders.items()} if has_text else {}
+    measured: dict[str, int | None] = dict.fromkeys(("prompt", "shown", "hint"))
+    if tokenizers and train:
+        tokenizer = tokenizers["teacher"]
         measured["prompt"] = max(len(tokenizer.prompt(p.question)) for p in train)
         measured["shown"] = max(len(tokenizer.prompt(hindsight_question(config, p))) for p in train)
         measured["hint"] = max(len(tokenizer.encode(hint_text(config, p))) for p in train)
-    if has_text and test:
-        students = open_tokenizer(folders["student"])
-        measured["held_out"] = max(len(students.prompt(p.question)) for p in test)
     most = config.sample.max_new_tokens
     prompt = choose(a.prompt_tokens, measured["prompt"], 512, "prompt tokens")
     hint = choose(a.hint_tokens, measured["hint"], 64, "hint tokens")
     shown = measured["shown"] if a.prompt_tokens is None and measured["shown"] is not None else prompt + hint
-    test_prompt = measured["held_out"] if a.prompt_tokens is None and measured["held_out"] is not None else prompt
+    held_out_prompts = dict.fromkeys(folders, prompt)
+    if tokenizers and test and a.prompt_tokens is None:
+        held_out_prompts = {name: max(len(t.prompt(p.question)) for p in test) for name, t in tokenizers.items()}
     kept = choose(a.kept_tokens, None, math.ceil(config.gear.window * most), "kept prefix of at most")
     problems = choose(a.problems, len(train) if train else None, 1000, "problems")
     held_out = choose(a.held_out, len(test) if test else None, 500, "held-out problems")
     steps = choose(a.decode_steps, None, most, "decode steps a batch")
     assumed += [f"hard {a.hard:.0%} of the problems", f"unsolved {a.unsolved:.0%}"]
-    return Workload(
-        prompt, shown, test_prompt, hint, kept, problems, held_out, steps, a.hard, a.unsolved, tuple(assumed)
-    )
+    lengths = prompt, shown, hint, kept, held_out_prompts
+    return Workload(*lengths, problems, held_out, steps, a.hard, a.unsolved, tuple(assumed))
 
 
 def _problems(spec: ProblemSpec, config: Config, where: str) -> list[Problem]:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from heal_jax.model.lm import LanguageModel
-from heal_jax.model.mesh import batch_parts, put_batch, using
+from heal_jax.model.mesh import put_batch, using, whole_rows
 from heal_jax.processes import fetch
 from heal_jax.rollout.decode import key_words, roll_out, score
 from heal_jax.rollout.sampling import Rule
@@ -79,6 +79,7 @@ def generate(lm: LanguageModel, groups: Sequence[Group], shape: Shape, rules: tu
             rules=rules,
             repeats=shape.repeats,
             max_new=bucket(shape.max_new),
+            slots=shape.slots,
         )
     tokens, entropy, logprob, sampling, length, stopped = fetch(out)
 
@@ -100,7 +101,7 @@ def score_sequences(
 
     Identical sequences are computed once, in batches of [rows, width] (more rows where the mesh does not divide them).
     """
-    rows += -rows % batch_parts(lm.mesh)
+    rows = whole_rows(lm.mesh, rows)
     distinct = list(dict.fromkeys(sequences))
     found: dict[tuple[int, ...], tuple[np.ndarray, np.ndarray]] = {}
     for start in range(0, len(distinct), rows):
