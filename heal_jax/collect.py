@@ -20,7 +20,6 @@ from heal_jax.pure import purity, scored_steps
 from heal_jax.rollout.generate import (
     Decoded,
     Group,
-    Shape,
     generate,
     key_of,
     score_sequences,
@@ -28,11 +27,9 @@ from heal_jax.rollout.generate import (
 from heal_jax.rollout.sampling import rules
 from heal_jax.rollout.thinking import opening, thinking_steps
 from heal_jax.run import Run, hindsight_question, hint_text
-from heal_jax.shapes import bucket
+from heal_jax.shapes import Shape, bucket, hindsight_shape, repair_shape, sample_shape, score_width
 from heal_jax.store import PROBLEMS, write_table
 from heal_jax.world.check import first_wrong_step
-
-SCORE_ROWS = 48  # sequences scored together: many of a shard's are the same, so few are left
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +53,7 @@ class Made:
 def sample(run: Run) -> None:
     """`sample.n` unaided rollouts of each problem; then pass rates and strata, in problems.parquet."""
     spec = run.config.sample
-    shape = Shape(spec.batch // spec.n, spec.n, prompt_width(run), 0, spec.max_new_tokens)
+    shape = sample_shape(run.config, longest_prompt(run))
 
     def group(problem: Problem) -> Group:
         ids = tuple(f"{problem.id}/base/{i}/s{run.config.seed}" for i in range(spec.n))
@@ -87,7 +84,7 @@ def hindsight(run: Run) -> None:
     # The width is that of all problems, so that which ones are hard does not change what is compiled.
     contexts = {p.id: tuple(lm.tokenizer.prompt(hindsight_question(run.config, p))) for p in run.problems}
     n = run.config.hindsight.n
-    shape = Shape(spec.batch // n, n, bucket(max(map(len, contexts.values()))), 0, spec.max_new_tokens)
+    shape = hindsight_shape(run.config, max(map(len, contexts.values())))
 
     def group(problem: Problem) -> Group:
         ids = tuple(f"{problem.id}/hindsight/{i}/s{run.config.seed}" for i in range(n))
@@ -113,9 +110,8 @@ def repair(run: Run) -> None:
     spec, n = config.sample, config.gear.repairs
     paths = failed_paths(run)
     hints = {p.id: tuple(lm.tokenizer.encode(hint_text(config, p))) for p in run.problems}
-    width = bucket(max(map(len, run.prompts.values())) + max((len(path.kept) for path in paths), default=0))
-    hint_width = bucket(max(map(len, hints.values())))
-    shape = Shape(spec.batch // n, n, width, hint_width, spec.max_new_tokens)
+    kept_most = max((len(path.kept) for path in paths), default=0)
+    shape = repair_shape(config, longest_prompt(run), kept_most, max(map(len, hints.values())))
 
     def group(path: Path) -> Group:
         parent = path.row["rollout_id"].split("/")[-2]  # its index
@@ -172,9 +168,9 @@ def failed_paths(run: Run) -> list[Path]:
     ]
 
 
-def prompt_width(run: Run) -> int:
-    """The static width of plain prompts."""
-    return bucket(max(map(len, run.prompts.values())))
+def longest_prompt(run: Run) -> int:
+    """Tokens of the longest plain prompt."""
+    return max(map(len, run.prompts.values()))
 
 
 def _shards(
@@ -275,11 +271,12 @@ def _pure(
 
     Unaided rollouts are scored from what decoding recorded; the others, when correct, by one hint-free pass.
     """
-    lm, spec, width = run.teacher, run.config.pure, index.shape[1]
+    lm, spec = run.teacher, run.config.pure
     chosen = [i for i, m in enumerate(made) if m.kind == "base" or grades[i] == "correct"]
     aided = [i for i in chosen if made[i].kind != "base"]
     sequences = [run.prompts[made[i].problem.id] + made[i].tokens for i in aided]
-    rescored = dict(zip(aided, score_sequences(lm, sequences, prompt_width(run) + width, rows=SCORE_ROWS)))
+    width = score_width(run.config, longest_prompt(run))
+    rescored = dict(zip(aided, score_sequences(lm, sequences, width, rows=spec.batch)))
     logprob, entropy = np.zeros(index.shape, np.float32), np.zeros(index.shape, np.float32)
     steps = np.full(index.shape, -1, np.int32)
     for i in chosen:

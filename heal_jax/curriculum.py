@@ -152,6 +152,7 @@ def _counts(kind: str, candidates: list[pace.Candidate], decisions: list[pace.De
 
 def train_students(run: Run) -> None:
     """HEAL's student through the curriculum, and the rejection-sampling student on stage 1 for as many steps."""
+    run.release_teacher()
     phases, length = training_plan(run)
     for name in STUDENTS:
         train_one(run, name, phases[name], length)

@@ -65,6 +65,10 @@ class Run:
         """The student before training."""
         return open_model(self.config.student, self.mesh)
 
+    def release_teacher(self) -> None:
+        """Let go of the teacher's weights, so that the memory is there for others; they are loaded again when used."""
+        self.__dict__.pop("teacher", None)
+
     @functools.cached_property
     def by_id(self) -> dict[str, Problem]:
         """The training problems."""

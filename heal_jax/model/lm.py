@@ -85,7 +85,15 @@ class LanguageModel:
         """
         from heal_jax.rollout.generate import rollouts  # which builds on this module
 
-        spec = SampleSpec(n, temperature, top_k, top_p, min_p, max_new_tokens, max(batch, n))
+        spec = SampleSpec(
+            n=n,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            max_new_tokens=max_new_tokens,
+            batch=max(batch, n),
+        )
         return rollouts(self, prompts, spec, seed)
 
     def with_params(self, model: Model) -> "LanguageModel":

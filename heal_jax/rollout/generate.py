@@ -11,12 +11,12 @@ import numpy as np
 from heal_jax.config import SampleSpec, check
 from heal_jax.errors import InputError
 from heal_jax.model.lm import LanguageModel, Rollout
-from heal_jax.model.mesh import batch_parts, put_batch, using
+from heal_jax.model.mesh import batch_parts, put_batch, using, whole_rows
 from heal_jax.processes import fetch
 from heal_jax.rollout.decode import key_words, roll_out, score
 from heal_jax.rollout.sampling import Rule, rules
 from heal_jax.rollout.steps import find_steps
-from heal_jax.shapes import bucket
+from heal_jax.shapes import Shape, bucket
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,17 +41,6 @@ class Decoded:
     finish: str
 
 
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """The static shape of a stage's batches: contexts a batch, rollouts a context, lengths in tokens."""
-
-    contexts: int
-    repeats: int
-    context_length: int
-    hint_length: int
-    max_new: int
-
-
 def key_of(name: str) -> np.ndarray:
     """The PRNG key of whatever has this name: [2] uint32."""
     return key_words(hashlib.sha256(name.encode()).digest())
@@ -67,8 +56,8 @@ def pad_rows(rows: Sequence[Sequence[int]], width: int, count: int) -> tuple[np.
     return tokens, length
 
 
-def generate(lm: LanguageModel, groups: Sequence[Group], shape: Shape, rules: tuple[Rule, ...]) -> list[list[Decoded]]:
-    """Decode one batch: at most shape.contexts groups of shape.repeats rollouts -> the rollouts of each group."""
+def batch_arrays(groups: Sequence[Group], shape: Shape) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
+    """What `roll_out` is given, by context (context, context_length, hint, hint_length) and by row (keys, budget)."""
     context, context_length = pad_rows([g.context for g in groups], shape.context_length, shape.contexts)
     hint, hint_length = pad_rows([g.hint for g in groups], shape.hint_length, shape.contexts)
     rows = shape.contexts * shape.repeats
@@ -77,17 +66,23 @@ def generate(lm: LanguageModel, groups: Sequence[Group], shape: Shape, rules: tu
         for j, rollout_id in enumerate(group.rollout_ids):
             keys[i * shape.repeats + j] = key_of(rollout_id)
             budget[i * shape.repeats + j] = min(group.budget, shape.max_new)
-    contexts = put_batch(lm.mesh, (context, context_length, hint, hint_length), "context")
+    return (context, context_length, hint, hint_length), (keys, budget)
+
+
+def generate(lm: LanguageModel, groups: Sequence[Group], shape: Shape, rules: tuple[Rule, ...]) -> list[list[Decoded]]:
+    """Decode one batch: at most shape.contexts groups of shape.repeats rollouts -> the rollouts of each group."""
+    contexts, rows = batch_arrays(groups, shape)
     with using(lm.mesh):
         out = roll_out(
             lm.model.graph,
             lm.model.params,
-            *contexts,
-            *put_batch(lm.mesh, (keys, budget)),
+            *put_batch(lm.mesh, contexts, "context"),
+            *put_batch(lm.mesh, rows),
             lm.eos_ids,
             rules=rules,
             repeats=shape.repeats,
             max_new=bucket(shape.max_new),
+            slots=shape.slots,
         )
     tokens, entropy, logprob, sampling, length, stopped = fetch(out)
 
@@ -147,7 +142,7 @@ def score_sequences(
 
     Identical sequences are computed once, in batches of [rows, width] (more rows where the mesh does not divide them).
     """
-    rows += -rows % batch_parts(lm.mesh)
+    rows = whole_rows(lm.mesh, rows)
     distinct = list(dict.fromkeys(sequences))
     found: dict[tuple[int, ...], tuple[np.ndarray, np.ndarray]] = {}
     for start in range(0, len(distinct), rows):

@@ -21,7 +21,8 @@ def token_losses(graph: nnx.GraphDef, params: nnx.State, tokens: Array, *, remat
     remat: compute the blocks again in the backward pass, as beyond LOSS_CHUNK tokens the logits always are.
     """
     model = nnx.merge(graph, params)
-    hidden, targets = constrain(model(tokens[:, :-1], remat=remat), "batch", None, None), tokens[:, 1:]
+    # All tokens, though the last predicts nothing: see `score`.
+    hidden, targets = constrain(model(tokens, remat=remat), "batch", None, None)[:, :-1], tokens[:, 1:]
     rows, length = targets.shape
 
     def part(args: tuple[Array, Array]) -> Array:
