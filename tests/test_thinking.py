@@ -24,6 +24,8 @@ from heal_jax.errors import InputError
 from heal_jax.model.lm import open_tokenizer
 from heal_jax.model.tokenizer import WHITE_SPACE, newline_table
 from heal_jax.progress import Progress
+from heal_jax.report.data import load as load_report
+from heal_jax.report.view import view
 from heal_jax.rollout.generate import Decoded
 from heal_jax.rollout.thinking import thinking_steps
 from heal_jax.run import open_run
@@ -276,6 +278,15 @@ def test_nothing_drops_the_thinking_part_on_the_way_to_the_student(thought):
             whole = student.apply_chat_template([*turn, {"role": "assistant", "content": text}], tokenize=False)
             assert END not in whole
     assert thoughts > 5
+
+
+def test_the_report_shows_rollouts_whole(thought):
+    data = load_report(thought.run.root)
+    for row in thought.rows[::5]:
+        shown = view(data, row)
+        assert "".join(token.text for step in shown.steps for token in step.tokens).startswith(row["text"])
+        starts = row["step_starts"] or [0]
+        assert [step.kept for step in shown.steps] == [start < (row["kept_tokens"] or 0) for start in starts]
 
 
 @pytest.mark.parametrize("opens", [True, False])
