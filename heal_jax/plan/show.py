@@ -20,10 +20,6 @@ SHORT = {
     "collective-permute": "permute",
     "ragged-all-to-all": "ragged",
 }
-NOTE = (
-    "Times are rooflines, the least possible: compute, HBM or links at their published peak, perfectly overlapped. "
-    "A decode step reads its whole cache, of which a batch has as many slots as its longest rollout may need."
-)
 
 
 def show(plan: Slice, console: Console) -> None:
@@ -43,7 +39,11 @@ def show(plan: Slice, console: Console) -> None:
     for e in plan.estimates:
         for warning in e.warnings:
             console.print(f"note: {e.program.name}: {warning}", soft_wrap=True, markup=False)
-    console.print(f"assumed: {', '.join(plan.work.assumed)}", soft_wrap=True, markup=False)
+    console.print(
+        f"Times are the least possible: peak rates, all overlapped. Assumed: {', '.join(plan.work.assumed)}.",
+        soft_wrap=True,
+        markup=False,
+    )
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -120,7 +120,7 @@ def _digits(x: float) -> str:
     if x >= 100:
         return f"{x:,.0f}"
     if x < 1e-4:
-        return f"{x:.0e}"
+        return "<0.0001"
     return f"{x:.{max(0, 2 - math.floor(math.log10(x)))}f}"
 
 
