@@ -5,6 +5,7 @@ program for the three stages of both students: rows are as long as the longest e
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,6 +47,7 @@ class Weights:
     config: DecoderConfig
     dtype: str
 
+    @functools.cache  # noqa: B019 (few, and small)
     def on(self, mesh: Mesh) -> Model:
         """Abstract parameters, placed as `load` places them."""
         graph, shapes = abstract(self.config, jnp.dtype(self.dtype))

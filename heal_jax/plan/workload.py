@@ -3,40 +3,15 @@ assumed, and said."""
 
 import dataclasses
 import math
-import typing
 from pathlib import Path
-from typing import Annotated
 
-from heal_jax.config import Config, ProblemSpec, Range
-from heal_jax.errors import InputError
+from heal_jax.config import Config, ProblemSpec
 from heal_jax.model.lm import open_tokenizer
+from heal_jax.plan.assumptions import Assumptions
 from heal_jax.problems.sources import Problem, load
 from heal_jax.run import hindsight_question, hint_text
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-
-
-@dataclasses.dataclass(frozen=True)
-class Assumptions:
-    """What is assumed of a run that has not been made. Lengths and counts that are not given are measured from problems
-    and tokenizer; where those are not there, from the defaults named here."""
-
-    problems: Annotated[int | None, Range(ge=1)] = None
-    """Training problems (default where they are not there: 1000)."""
-    held_out: Annotated[int | None, Range(ge=1)] = None
-    """Held-out problems (default where they are not there: 500)."""
-    prompt_tokens: Annotated[int | None, Range(ge=1)] = None
-    """Tokens of the longest prompt (512)."""
-    hint_tokens: Annotated[int | None, Range(ge=1)] = None
-    """Tokens of the longest hint (64)."""
-    kept_tokens: Annotated[int | None, Range(ge=0)] = None
-    """Tokens of the longest kept prefix: always assumed (gear.window of sample.max_new_tokens)."""
-    decode_steps: Annotated[int | None, Range(ge=1)] = None
-    """Steps of a batch's decode loop, which ends with its longest rollout (sample.max_new_tokens)."""
-    hard: Annotated[float, Range(ge=0.0, le=1.0)] = 0.5
-    """Share of the problems that get hindsight."""
-    unsolved: Annotated[float, Range(ge=0.0, le=1.0)] = 0.25
-    """Share of the problems that are repaired."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,12 +78,3 @@ def _problems(spec: ProblemSpec, config: Config, where: str) -> list[Problem]:
     if scheme == "jsonl" and not Path(name).expanduser().is_file():
         return []
     return load(spec, config.grade.by, where)
-
-
-def check(assumptions: Assumptions) -> None:
-    """Raises InputError for a value out of range."""
-    hints = typing.get_type_hints(Assumptions, include_extras=True)
-    for name, hint in hints.items():
-        value, bound = getattr(assumptions, name), hint.__metadata__[0]
-        if value is not None and not bound.holds(value):
-            raise InputError(f"--{name.replace('_', '-')}: {value!r} is out of range, allowed: {bound}")
