@@ -11,7 +11,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from heal_jax.plan import backend, hlo
+from heal_jax.plan import backend
+from heal_jax.plan.cost import Compiled, Cost
 from heal_jax.plan.programs import Program
 from heal_jax.plan.topology import Chip, Topology
 
@@ -26,7 +27,7 @@ class Roof:
     name: str
 
 
-def roof(cost: hlo.Cost, chip: Chip) -> Roof:
+def roof(cost: Cost, chip: Chip) -> Roof:
     """The least time of a chip for this work."""
     times = {
         "compute": cost.flops / chip.flops,
@@ -62,8 +63,8 @@ class Estimate:
     usable: float
     memory: Memory | None
     needs: float
-    once: hlo.Cost | None
-    step: hlo.Cost | None
+    once: Cost | None
+    step: Cost | None
     chip: Chip
     chips: int
 
@@ -115,7 +116,7 @@ def estimate(program: Program, mesh: Mesh, topology: Topology) -> Estimate:
 
 def read(program: Program, compiled: Any, mesh: Mesh, usable: float, topology: Topology) -> Estimate:
     """The figures of a compiled program."""
-    parsed = hlo.Program(compiled.as_text(), program.slots)
+    parsed = Compiled(compiled.as_text(), program.slots)
     parts, used = program.memory(mesh), compiled.memory_analysis()
     peak = used.peak_memory_in_bytes + used.generated_code_size_in_bytes
     cache = parsed.cache

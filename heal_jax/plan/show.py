@@ -7,8 +7,8 @@ from rich.table import Table
 from rich.text import Text
 
 from heal_jax.plan import backend
+from heal_jax.plan.cost import Cost
 from heal_jax.plan.estimate import Estimate, roof
-from heal_jax.plan.hlo import Cost
 from heal_jax.plan.slices import Slice
 
 GB = 1e9

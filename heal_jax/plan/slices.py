@@ -9,8 +9,8 @@ from heal_jax.divide import require, sizes
 from heal_jax.model.config import decoder_config
 from heal_jax.model.mesh import describe, make_mesh
 from heal_jax.plan import backend
+from heal_jax.plan.cost import Cost
 from heal_jax.plan.estimate import Estimate, estimate, roof
-from heal_jax.plan.hlo import Cost
 from heal_jax.plan.programs import Program, folders, programs
 from heal_jax.plan.topology import Topology
 from heal_jax.plan.workload import Assumptions, Workload, workload
