@@ -192,7 +192,9 @@ def _fits(config: Config, tokenizer: Tokenizer, problems: list[Problem], folders
     """Longest context and rollout against the models' positions."""
     hint = max(len(tokenizer.encode(hint_text(config, p))) for p in problems)
     shown = max(
-        len(tokenizer.prompt(question(config, p))) for p in problems for question in (plain_question, hindsight_question)
+        len(tokenizer.prompt(question(config, p)))
+        for p in problems
+        for question in (plain_question, hindsight_question)
     )
     need = bucket(shown) + bucket(hint) + bucket(config.sample.max_new_tokens)
     for folder in folders:

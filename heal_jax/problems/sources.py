@@ -215,7 +215,9 @@ def _json_lines(spec: ProblemSpec, name: str, scorer: str) -> list[Problem]:
     if not out:
         raise InputError(f'{path}: holds no problems; one {{"question": ..., "answer": ...}} a line is expected')
     if len(out) <= spec.skip:
-        raise InputError(f"problems.skip: {spec.skip}: {path} holds {len(out)} problems, so that none is left; lower it")
+        raise InputError(
+            f"problems.skip: {spec.skip}: {path} holds {len(out)} problems, so that none is left; lower it"
+        )
     return out[spec.skip :][: spec.limit or None]
 
 
