@@ -376,3 +376,39 @@ def test_config_survives_its_own_file(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(dump(Config()))
     assert load(path) == Config()
+
+
+def test_the_prompt_template_stands_wherever_a_plain_prompt_does(tmp_path, monkeypatch):
+    from heal_jax import collect, evaluate
+    from heal_jax.config import load
+    from heal_jax.progress import Progress
+    from heal_jax.run import open_run
+
+    for split, terms in (("train", "12 + 7"), ("test", "30 + 4")):
+        line = {"question": f"Add: {terms}", "answer": "19", "id": f"{split}-0"}
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps(line) + "\n")
+    settings = {
+        "problems": {"source": f"jsonl:{tmp_path}/train.jsonl"},
+        "sample": {"prompt": "{question} {x} ="},
+        "evaluate": {"problems": {"source": f"jsonl:{tmp_path}/test.jsonl", "split": "test"}},
+    }
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(settings))
+
+    def decode(lm, groups, *_):
+        seen.extend(group.context for group in groups)
+        raise InterruptedError
+
+    seen = []
+    for module in (collect, evaluate):
+        monkeypatch.setattr(module, "generate", decode)
+    with open_run(load(tmp_path / "a.yaml"), tmp_path / "out", Progress(quiet=True)) as run:
+        for stage in (lambda: collect.sample(run), lambda: evaluate.evaluate_one(run, "teacher")):
+            with pytest.raises(InterruptedError):
+                stage()
+        written = [tuple(run.teacher.tokenizer.prompt(f"Add: {terms} {{x}} =")) for terms in ("12 + 7", "30 + 4")]
+        assert seen == written and run.prompts == {"train-0": written[0]}
+
+
+def test_a_prompt_template_without_a_question_is_refused(tmp_path, capsys):
+    said = refused(capsys, "run", TINY, "--out", tmp_path / "out", "--sample.prompt", "Reply with a number.")
+    assert "sample.prompt" in said and "{question}" in said and not (tmp_path / "out").exists()
