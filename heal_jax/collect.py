@@ -20,19 +20,16 @@ from heal_jax.pure import purity, scored_steps
 from heal_jax.rollout.generate import (
     Decoded,
     Group,
-    Shape,
     generate,
     key_of,
     score_sequences,
-    split_steps,
 )
 from heal_jax.rollout.sampling import rules
+from heal_jax.rollout.thinking import opening, thinking_steps
 from heal_jax.run import Run, hindsight_question, hint_text
-from heal_jax.shapes import bucket
+from heal_jax.shapes import Shape, bucket, hindsight_shape, repair_shape, sample_shape, score_width
 from heal_jax.store import PROBLEMS, write_table
 from heal_jax.world.check import first_wrong_step
-
-SCORE_ROWS = 48  # sequences scored together: many of a shard's are the same, so few are left
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +53,7 @@ class Made:
 def sample(run: Run) -> None:
     """`sample.n` unaided rollouts of each problem; then pass rates and strata, in problems.parquet."""
     spec = run.config.sample
-    shape = Shape(spec.batch // spec.n, spec.n, prompt_width(run), 0, spec.max_new_tokens)
+    shape = sample_shape(run.config, longest_prompt(run))
 
     def group(problem: Problem) -> Group:
         ids = tuple(f"{problem.id}/base/{i}/s{run.config.seed}" for i in range(spec.n))
@@ -87,7 +84,7 @@ def hindsight(run: Run) -> None:
     # The width is that of all problems, so that which ones are hard does not change what is compiled.
     contexts = {p.id: tuple(lm.tokenizer.prompt(hindsight_question(run.config, p))) for p in run.problems}
     n = run.config.hindsight.n
-    shape = Shape(spec.batch // n, n, bucket(max(map(len, contexts.values()))), 0, spec.max_new_tokens)
+    shape = hindsight_shape(run.config, max(map(len, contexts.values())))
 
     def group(problem: Problem) -> Group:
         ids = tuple(f"{problem.id}/hindsight/{i}/s{run.config.seed}" for i in range(n))
@@ -104,7 +101,7 @@ class Path:
     problem: Problem
     row: dict[str, Any]
     breakpoint: int  # gear.NONE where there is none
-    kept: int  # tokens
+    kept: tuple[int, ...]  # tokens
 
 
 def repair(run: Run) -> None:
@@ -113,22 +110,18 @@ def repair(run: Run) -> None:
     spec, n = config.sample, config.gear.repairs
     paths = failed_paths(run)
     hints = {p.id: tuple(lm.tokenizer.encode(hint_text(config, p))) for p in run.problems}
-    width = bucket(max(map(len, run.prompts.values())) + max((path.kept for path in paths), default=0))
-    hint_width = bucket(max(map(len, hints.values())))
-    shape = Shape(spec.batch // n, n, width, hint_width, spec.max_new_tokens)
-
-    def kept(path: Path) -> tuple[int, ...]:
-        return tuple(path.row["tokens"][: path.kept])
+    kept_most = max((len(path.kept) for path in paths), default=0)
+    shape = repair_shape(config, longest_prompt(run), kept_most, max(map(len, hints.values())))
 
     def group(path: Path) -> Group:
         parent = path.row["rollout_id"].split("/")[-2]  # its index
         ids = tuple(f"{path.problem.id}/repair/{parent}.{i}/s{config.seed}" for i in range(n))
-        budget = spec.max_new_tokens - path.kept
-        return Group(run.prompts[path.problem.id] + kept(path), hints[path.problem.id], ids, budget)
+        budget = spec.max_new_tokens - len(path.kept)
+        return Group(run.prompts[path.problem.id] + path.kept, hints[path.problem.id], ids, budget)
 
     def made(path: Path) -> dict[str, Any]:
         step = None if path.breakpoint == gear.NONE else path.breakpoint
-        return {"kept": kept(path), "parent_id": path.row["rollout_id"], "breakpoint_step": step}
+        return {"kept": path.kept, "parent_id": path.row["rollout_id"], "breakpoint_step": step}
 
     _shards(run, "repair", paths, shape, group, made, lambda path: path.problem)
     run.directory.finish("repair", paths=len(paths))
@@ -148,7 +141,7 @@ def failed_paths(run: Run) -> list[Path]:
     if not rows:
         return []
     width = bucket(run.config.sample.max_new_tokens)
-    index, starts, count = split_steps(run.teacher, [thinking_part(run, row["tokens"]) for row in rows], width)
+    index, starts, count = thinking_steps(run.teacher, [row["tokens"] for row in rows], width, run.config.grade)
     entropy = np.zeros((len(rows), width), np.float32)
     for i, row in enumerate(rows):
         entropy[i, : len(row["entropy"])] = row["entropy"]
@@ -167,12 +160,17 @@ def failed_paths(run: Run) -> list[Path]:
         surge_kind=spec.surge,
     )
     kept = gear.kept_tokens(jnp.asarray(starts), breakpoint, backup=spec.backup)
-    return [Path(*item) for item in zip(problems, rows, map(int, breakpoint), map(int, kept))]
+    return [
+        Path(
+            p, row, int(k), tuple(row["tokens"][:n]) or opening(run.teacher.tokenizer, row["tokens"], run.config.grade)
+        )
+        for p, row, k, n in zip(problems, rows, breakpoint, map(int, kept))
+    ]
 
 
-def prompt_width(run: Run) -> int:
-    """The static width of plain prompts."""
-    return bucket(max(map(len, run.prompts.values())))
+def longest_prompt(run: Run) -> int:
+    """Tokens of the longest plain prompt."""
+    return max(map(len, run.prompts.values()))
 
 
 def _shards(
@@ -222,7 +220,7 @@ def records(run: Run, made: Sequence[Made], owner: int = 0) -> list[dict[str, An
     texts = [lm.tokenizer.text(list(m.decoded.tokens)) for m in made]
     grades = run.grade([(m.problem, text, m.decoded.finish) for m, text in zip(made, texts)], owner)
     width = bucket(run.config.sample.max_new_tokens)
-    index, starts, _ = split_steps(lm, [thinking_part(run, m.tokens) for m in made], width)
+    index, starts, _ = thinking_steps(lm, [m.tokens for m in made], width, run.config.grade)
     scores = _pure(run, made, [g.grade for g in grades], index)
     rows = []
     for i, (m, grade) in enumerate(zip(made, grades)):
@@ -255,17 +253,6 @@ def records(run: Run, made: Sequence[Made], owner: int = 0) -> list[dict[str, An
     return rows
 
 
-def thinking_part(run: Run, tokens: Sequence[int]) -> list[int]:
-    """The tokens whose steps count: those before the last `grade.think_end`, all where it is not set or not there."""
-    end = run.config.grade.think_end
-    if end:
-        spans = run.teacher.tokenizer.spans(list(tokens))
-        at = "".join(text for text, _ in spans).rfind(end)
-        if at >= 0:
-            return [t for t, (_, start) in zip(tokens, spans) if start < at]
-    return list(tokens)
-
-
 def answer_tokens(run: Run, m: Made) -> tuple[int, int] | None:
     """First and last + 1 index, among all tokens of a rollout, of those that overlap its answer."""
     grade = run.config.grade
@@ -284,11 +271,12 @@ def _pure(
 
     Unaided rollouts are scored from what decoding recorded; the others, when correct, by one hint-free pass.
     """
-    lm, spec, width = run.teacher, run.config.pure, index.shape[1]
+    lm, spec = run.teacher, run.config.pure
     chosen = [i for i, m in enumerate(made) if m.kind == "base" or grades[i] == "correct"]
     aided = [i for i in chosen if made[i].kind != "base"]
     sequences = [run.prompts[made[i].problem.id] + made[i].tokens for i in aided]
-    rescored = dict(zip(aided, score_sequences(lm, sequences, prompt_width(run) + width, rows=SCORE_ROWS)))
+    width = score_width(run.config, longest_prompt(run))
+    rescored = dict(zip(aided, score_sequences(lm, sequences, width, rows=spec.batch)))
     logprob, entropy = np.zeros(index.shape, np.float32), np.zeros(index.shape, np.float32)
     steps = np.full(index.shape, -1, np.int32)
     for i in chosen:

@@ -93,6 +93,9 @@ class ProblemSpec:
     """world: problems of each level, such as {easy: 60, medium: 80, hard: 60}."""
     limit: Annotated[int, Range(ge=0)] = 0
     """rg, jsonl: at most this many problems; 0 takes all (rg: 100)."""
+    skip: Annotated[int, Range(ge=0)] = 0
+    """rg, jsonl: leave out the first so many, and later problems that repeat one of them: training and held-out
+    problems can then come from one file, or from a family with few different questions."""
     seed: Seed = 0
     """world, rg: which problems the generator makes; apart from the run's seed so that seeds share problems."""
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -103,6 +106,9 @@ class ProblemSpec:
 class SampleSpec:
     """Unaided rollouts of the teacher."""
 
+    prompt: str = "{question}"
+    """The user turn of unaided rollouts, training examples and evaluation; must contain {question}. Models that were
+    not trained to give their answers as grade.answer_open asks have to be told how."""
     n: Count = 30
     """Rollouts a problem: N of the paper; fewer make the pass rate too coarse to tell unsolved from hard."""
     temperature: NonNegative = 1.0
@@ -164,6 +170,8 @@ class PureSpec:
     """lambda: weight of the worst step against the mean (paper)."""
     threshold: Positive = 1.12
     """Kept at or below; on three small worlds it kept 93-100 % of flawless and at most 0.5 % of flawed repairs."""
+    batch: Count = 48
+    """Sequences scored together: many of a shard's are the same, so few are left; fewer where memory is short."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,6 +231,9 @@ class GradeSpec:
     """Closes the answer; nested braces are matched."""
     think_end: str = ""
     """Set for thinking models (such as "</think>"): steps lie before it, the answer after it."""
+    think_open: str = ""
+    """With think_end, for models that open their thinking part themselves (such as "<think>\n"): a repair that keeps
+    nothing puts it before the hint. Empty where the chat template's prompt ends with it."""
     timeout: Positive = 5.0
     """Seconds of processor time for one answer; a hanging expression costs this and nothing else."""
 
@@ -285,8 +296,9 @@ def load(path: str | Path) -> Config:
 
 def validate(config: Config) -> None:
     """Ranges of every field, and what must hold between fields. Raises InputError."""
-    _check(config, "")
+    check(config, "")
     for path, template, names in (
+        ("sample.prompt", config.sample.prompt, {"question"}),
         ("hindsight.prompt", config.hindsight.prompt, {"question", "answer"}),
         ("gear.hint", config.gear.hint, {"answer"}),
     ):
@@ -310,6 +322,8 @@ def validate(config: Config) -> None:
         raise InputError("gear.breakpoint: oracle needs a step checker, which only world: problems have; use surge")
     if not config.grade.answer_open or not config.grade.answer_close:
         raise InputError("grade.answer_open and grade.answer_close: text that is not empty is expected")
+    if config.grade.think_open and not (config.grade.think_open.strip() and config.grade.think_end):
+        raise InputError("grade.think_open: text that is not blank is expected, and grade.think_end with it")
 
 
 def to_dict(value: Any) -> Any:
@@ -337,12 +351,13 @@ def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
-def _check(value: Any, path: str) -> None:
+def check(value: Any, path: str) -> None:
+    """Ranges of every field of a part of the config. Raises InputError."""
     hints = typing.get_type_hints(type(value), include_extras=True)
     for field in dataclasses.fields(value):
         item, hint, where = getattr(value, field.name), hints[field.name], _join(path, field.name)
         if dataclasses.is_dataclass(item):
-            _check(item, where)
+            check(item, where)
         for bound in getattr(hint, "__metadata__", ()):
             if isinstance(bound, Range) and not bound.holds(item):
                 raise InputError(f"{where}: {item!r} is out of range, allowed: {bound}")

@@ -4,10 +4,12 @@ import dataclasses
 import re
 import shutil
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from heal_jax import pace
 from heal_jax.errors import InputError, RunError
+from heal_jax.model.config import decoder_config
 from heal_jax.model.decoder import Model
 from heal_jax.processes import once
 from heal_jax.run import Run
@@ -25,15 +27,27 @@ def curate(run: Run) -> None:
     run.directory.finish("curate", **record)
     sizes = ", ".join(f"stage {stage}: {figures['examples']}" for stage, figures in record["stages"].items())
     run.progress.say(f"curate     {sizes} examples")
+    if own := record.get("retokenised"):
+        run.progress.say(
+            "curate     the student has another tokenizer or chat template: it learns its own ids of the same texts, "
+            f"{own['student_tokens']} tokens in place of {own['teacher_tokens']} in {own['examples']} examples; "
+            f"{own['dropped']} right rollouts are dropped since it cannot write them"
+        )
+        if own["longest"] > run.config.sample.max_new_tokens:
+            run.progress.say(
+                f"curate     note: an example has {own['longest']} of the student's tokens after the prompt; "
+                f"evaluation cuts at sample.max_new_tokens = {run.config.sample.max_new_tokens}"
+            )
 
 
 def _curate(run: Run) -> dict[str, Any]:
     """Writes all of it; what the manifest is to say."""
-    config, tokenizer = run.config, run.teacher.tokenizer
+    config, tokenizer = run.config, run.tokenizers["teacher"]
     strata = run.directory.manifest["stages"]["sample"]["strata"]
     patterns = [re.compile(pattern) for pattern in config.gear.leak_patterns]
     with run.work("curate"):
         rows = run.directory.rollouts().to_pylist()
+        learned = [as_learned(run, row) for row in rows]
         candidates = []
         for i, row in enumerate(rows):
             said = tokenizer.text(row["tokens"][row["kept_tokens"] or 0 :]) if row["kind"] != "base" else ""
@@ -45,23 +59,23 @@ def _curate(run: Run) -> dict[str, Any]:
                     index=i,
                     grade=row["grade"],
                     leaked=any(pattern.search(said) for pattern in patterns),
-                    sequence=(*row["prompt_tokens"], *row["tokens"]),
+                    sequence=(*learned[i][0], *learned[i][1]) if learned[i][1] else (),
                     score=row["pure_score"],
                 )
             )
-        decisions = pace.curate(
-            candidates, strata, config.pure.threshold, config.pace.per_problem, config.train.max_tokens
-        )
+        # Without this bound, a student whose tokenizer is finer might see more positions than it has.
+        most = min(config.train.max_tokens, decoder_config(run.tokenizers["student"].folder).max_positions)
+        decisions = pace.curate(candidates, strata, config.pure.threshold, config.pace.per_problem, most)
         write_table(run.root / "decisions.parquet", [dataclasses.asdict(d) for d in decisions], DECISIONS)
         stages: dict[int, list[Example]] = {stage: [] for stage in PACE_STAGES}
-        for row, candidate, decision in zip(rows, candidates, decisions):
+        for row, candidate, decision, (prompt, _) in zip(rows, candidates, decisions, learned):
             if decision.kept:
                 example = Example(
                     row["rollout_id"],
                     row["problem_id"],
                     row["kind"],
                     candidate.sequence,
-                    len(row["prompt_tokens"]),
+                    len(prompt),
                 )
                 stages[decision.stage].append(example)
         for stage, examples in stages.items():
@@ -71,7 +85,7 @@ def _curate(run: Run) -> dict[str, Any]:
             else:
                 shutil.rmtree(folder, ignore_errors=True)
                 run.progress.say(f"curate     stage {stage} is empty: it is skipped, its steps go to the others")
-    return {
+    record: dict[str, Any] = {
         "hindsight": _counts("hindsight", candidates, decisions),
         "repair": _counts("repair", candidates, decisions),
         "stages": {
@@ -81,6 +95,42 @@ def _curate(run: Run) -> dict[str, Any]:
             }
             for stage, examples in stages.items()
         },
+    }
+    if not run.same_ids:
+        record["retokenised"] = _retokenised(rows, learned, decisions)
+    return record
+
+
+def as_learned(run: Run, row: dict[str, Any]) -> tuple[Sequence[int], Sequence[int]]:
+    """Prompt and target of a rollout as the student will see them; an empty target where it cannot, or never will.
+
+    The ids as sampled where the student has the teacher's. Otherwise its own: its chat template's prompt of the plain
+    question, its encoding of the whole text (thinking part included), its EOS. No text is rendered through a template:
+    templates drop thinking parts.
+    """
+    tokenizer = run.tokenizers["student"]
+    if run.same_ids:  # but the student's vocabulary may be padded less
+        fits = max(row["tokens"], default=0) < tokenizer.vocab_size
+        return row["prompt_tokens"], row["tokens"] if fits else ()
+    ended = row["grade"] == "correct"  # so it stopped by itself: what was cut by its length is `truncated`
+    return run.student_prompts[row["problem_id"]], tokenizer.turn(row["text"]) if ended else ()
+
+
+def _retokenised(
+    rows: Sequence[dict[str, Any]],
+    learned: Sequence[tuple[Sequence[int], Sequence[int]]],
+    decisions: Sequence[pace.Decision],
+) -> dict[str, int]:
+    """Examples in the student's own ids, their tokens after the prompt in the teacher's ids and in the student's, and
+    the right rollouts that the student's tokenizer cannot write.
+    """
+    kept = [(row["tokens"], target) for row, (_, target), d in zip(rows, learned, decisions) if d.kept]
+    return {
+        "examples": len(kept),
+        "teacher_tokens": sum(len(tokens) for tokens, _ in kept),
+        "student_tokens": sum(len(target) for _, target in kept),
+        "longest": max((len(target) for _, target in kept), default=0),
+        "dropped": sum(row["grade"] == "correct" and not target for row, (_, target) in zip(rows, learned)),
     }
 
 
@@ -102,6 +152,7 @@ def _counts(kind: str, candidates: list[pace.Candidate], decisions: list[pace.De
 
 def train_students(run: Run) -> None:
     """HEAL's student through the curriculum, and the rejection-sampling student on stage 1 for as many steps."""
+    run.release_teacher()
     phases, length = training_plan(run)
     for name in STUDENTS:
         train_one(run, name, phases[name], length)

@@ -12,10 +12,10 @@ from heal_jax import processes
 from heal_jax.curriculum import train_one, training_plan
 from heal_jax.model.lm import LanguageModel
 from heal_jax.problems.sources import Problem
-from heal_jax.rollout.generate import Group, Shape, generate
+from heal_jax.rollout.generate import Group, generate
 from heal_jax.rollout.sampling import rules
-from heal_jax.run import Run
-from heal_jax.shapes import bucket
+from heal_jax.run import Run, plain_prompts
+from heal_jax.shapes import evaluate_shape
 from heal_jax.store import EVALUATION, read_table
 
 MODELS = ("teacher", "student_base", "rejection_sampling", "heal")
@@ -28,6 +28,7 @@ def evaluate(run: Run) -> None:
     """
     for model in MODELS:
         evaluate_one(run, model)
+        run.release_teacher()
     run.directory.finish("evaluate", samples=run.config.evaluate.samples)
 
 
@@ -40,9 +41,9 @@ def trained(run: Run, name: str) -> LanguageModel:
 def evaluate_one(run: Run, name: str) -> None:
     spec, k, most = run.config.evaluate, run.config.evaluate.samples, run.config.sample.max_new_tokens
     model = functools.cache(lambda: _model(run, name))  # opened by the first shard that is missing
-    prompts = {p.id: tuple(run.student.tokenizer.prompt(p.question)) for p in run.held_out}
-    width = bucket(max(map(len, prompts.values())))
-    shape = Shape(run.config.sample.batch // k, k, width, 0, most)
+    # Each model with its own tokenizer, chat template and EOS.
+    prompts = plain_prompts(run.config, run.tokenizers["teacher" if name == "teacher" else "student"], run.held_out)
+    shape = evaluate_shape(run.config, max(map(len, prompts.values())))
     drawn = rules(dataclasses.replace(run.config.sample, temperature=spec.temperature))
 
     def samples(part: Sequence[Problem], tokens: list[int], owner: int) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+from heal_jax.errors import InputError
 from heal_jax.evaluate import trained
 from heal_jax.model.config import both_spellings, read_config_json
 from heal_jax.model.lm import LanguageModel
@@ -34,16 +35,23 @@ def export(run: Run) -> None:
 
 
 def save(lm: LanguageModel, folder: Path) -> None:
-    """Write config.json, model.safetensors and the source tokenizer's files; a folder of that name is replaced.
+    """Write config.json, safetensors and the source tokenizer's files; a model folder of that name is replaced.
 
-    Written beside it first and renamed, so that the folder is whole or not there.
+    Written beside it first and renamed, so that the folder is whole or not there. Raises InputError where it cannot be
+    written or holds something else.
     """
     if not primary():
         return save_weights(lm.model, folder)  # its part in gathering them
+    if folder.exists() and not (folder / "config.json").is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder}: there, and not a model folder, so it is not replaced; give another path")
+    folder = folder.absolute()
     partial, old = (folder.with_name(f".{folder.name}.{state}") for state in ("partial", "old"))
     for leftover in (partial, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    partial.mkdir(parents=True)
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written ({error.strerror}); give another path") from None
     dtype = str(lm.model.params["embed"][...].dtype)
     config = both_spellings(read_config_json(lm.folder), dtype)
     (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

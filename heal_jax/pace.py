@@ -21,7 +21,7 @@ class Candidate:
     index: int
     grade: str
     leaked: bool
-    sequence: tuple[int, ...]  # prompt and tokens, as the student will see them
+    sequence: tuple[int, ...]  # prompt and tokens, as the student will see them; empty where it cannot
     score: float | None
 
 
@@ -87,6 +87,8 @@ def _refusal(c: Candidate, strata: dict[str, str], threshold: float, max_tokens:
         return c.grade
     if c.leaked:
         return "talks about the hint"
+    if not c.sequence:
+        return "text that the student's tokenizer cannot write"
     if len(c.sequence) > max_tokens:
         return f"longer than {max_tokens} tokens"
     if c.kind == "base":

@@ -50,6 +50,7 @@ class Run:
     grader: Grader
     progress: Progress
     mesh: Mesh
+    tokenizers: dict[str, Tokenizer]  # of teacher and student, at hand without their weights
 
     @property
     def root(self) -> Path:
@@ -64,6 +65,10 @@ class Run:
         """The student before training."""
         return open_model(self.config.student, self.mesh)
 
+    def release_teacher(self) -> None:
+        """Let go of the teacher's weights, so that the memory is there for others; they are loaded again when used."""
+        self.__dict__.pop("teacher", None)
+
     @functools.cached_property
     def by_id(self) -> dict[str, Problem]:
         """The training problems."""
@@ -71,8 +76,23 @@ class Run:
 
     @functools.cached_property
     def prompts(self) -> dict[str, tuple[int, ...]]:
-        """The plain prompt of each training problem."""
-        return {problem.id: tuple(self.teacher.tokenizer.prompt(problem.question)) for problem in self.problems}
+        """The plain prompt of each training problem, as the teacher has it."""
+        return plain_prompts(self.config, self.tokenizers["teacher"], self.problems)
+
+    @functools.cached_property
+    def student_prompts(self) -> dict[str, tuple[int, ...]]:
+        """The same as the student has it."""
+        return plain_prompts(self.config, self.tokenizers["student"], self.problems)
+
+    @functools.cached_property
+    def same_ids(self) -> bool:
+        """Whether the student trains on the teacher's ids as sampled; otherwise on its own ids of the same text."""
+        teacher, student = self.tokenizers["teacher"], self.tokenizers["student"]
+        return (
+            teacher.hf.get_vocab() == student.hf.get_vocab()
+            and set(teacher.eos_ids) == set(student.eos_ids)
+            and self.prompts == self.student_prompts
+        )
 
     @contextlib.contextmanager
     def work(self, stage: str, tokens: list[int] | None = None) -> Iterator[None]:
@@ -119,9 +139,9 @@ def open_run(
     folders = {"teacher": resolve(config.teacher), "student": resolve(config.student)}
     split = sizes(config, {name: decoder_config(folder) for name, folder in folders.items()})
     require(mesh.shape, split)
-    tokenizer = open_tokenizer(folders["teacher"])
-    _same_prompts_and_ids(tokenizer, open_tokenizer(folders["student"]), problems[0].question)
-    _fits(config, tokenizer, [*problems, *held_out], list(folders.values()))
+    tokenizers = {name: open_tokenizer(folder) for name, folder in folders.items()}
+    _fits(config, tokenizers, [*problems, *held_out])
+    _opens_no_thinking(config, tokenizers["teacher"], plain_question(config, problems[0]))
     for folder in dict.fromkeys(folders.values()):
         check_weights(folder)
     facts = {
@@ -144,7 +164,7 @@ def open_run(
         directory.manifest = processes.once(lambda: directory.manifest)
         for size in undivided(mesh.shape, split):
             progress.say(f"note: the mesh does not divide {size.what}; it stays whole on every device")
-        yield Run(config, directory, problems, held_out, grader, progress, mesh)
+        yield Run(config, directory, problems, held_out, grader, progress, mesh, tokenizers)
 
 
 def _enter(
@@ -187,19 +207,9 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _same_prompts_and_ids(teacher: Tokenizer, student: Tokenizer, question: str) -> None:
-    """The student trains on the teacher's token ids: vocabulary, EOS and prompts must be the same."""
-    pairs = {
-        "vocabulary": (teacher.hf.get_vocab(), student.hf.get_vocab()),
-        "EOS ids": (set(teacher.eos_ids), set(student.eos_ids)),
-        "chat template": (teacher.prompt(question), student.prompt(question)),
-    }
-    for what, (ours, theirs) in pairs.items():
-        if ours != theirs:
-            raise InputError(
-                f"{teacher.folder} and {student.folder}: teacher and student must share the {what}; "
-                "use a student of the teacher's family"
-            )
+def plain_prompts(config: Config, tokenizer: Tokenizer, problems: Sequence[Problem]) -> dict[str, tuple[int, ...]]:
+    """The prompt of each problem, by id."""
+    return {problem.id: tuple(tokenizer.prompt(plain_question(config, problem))) for problem in problems}
 
 
 def _writable(out: Path) -> None:
@@ -210,21 +220,40 @@ def _writable(out: Path) -> None:
         raise InputError(f"{out}: {free >> 20} MiB of disk are free, {FREE_BYTES >> 20} are wanted; free some space")
 
 
-def _fits(config: Config, tokenizer: Tokenizer, problems: list[Problem], folders: list[Path]) -> None:
-    """Longest context and rollout against the models' positions."""
-    hint = max(len(tokenizer.encode(hint_text(config, p))) for p in problems)
-    shown = max(len(tokenizer.prompt(hindsight_question(config, p))) for p in problems)
-    need = bucket(shown) + bucket(hint) + bucket(config.sample.max_new_tokens)
-    for folder in folders:
+def _fits(config: Config, tokenizers: dict[str, Tokenizer], problems: list[Problem]) -> None:
+    """Longest context and rollout of each model against its positions; the student sees no hints."""
+    teacher = tokenizers["teacher"]
+    questions = (plain_question, hindsight_question)
+    shown = max(len(teacher.prompt(question(config, p))) for p in problems for question in questions)
+    hint = max(len(teacher.encode(hint_text(config, p))) for p in problems)
+    plain = max(map(len, plain_prompts(config, tokenizers["student"], problems).values()))
+    for name, prompt, after in (("teacher", shown, hint), ("student", plain, 0)):
+        folder = tokenizers[name].folder
+        need = bucket(prompt) + (bucket(after) if after else 0) + bucket(config.sample.max_new_tokens)
         if need > (have := decoder_config(folder).max_positions):
             raise InputError(
-                f"{folder}: {need} positions are needed (prompt {shown}, hint {hint}, {config.sample.max_new_tokens} "
-                f"new tokens), the model has {have}; lower sample.max_new_tokens or leave out long problems"
+                f"{folder}: {need} positions are needed (prompt {prompt}, hint {after}, {config.sample.max_new_tokens} "
+                f"new tokens), the {name} has {have}; lower sample.max_new_tokens or leave out long problems"
             )
 
 
+def _opens_no_thinking(config: Config, teacher: Tokenizer, question: str) -> None:
+    """Raise InputError where the prompt ends with grade.think_open: that is for models that write it themselves."""
+    tag = config.grade.think_open.strip()
+    if tag and teacher.text(teacher.prompt(question)).rstrip().endswith(tag):
+        raise InputError(
+            f"grade.think_open: {tag!r} ends the teacher's prompt already: its chat template opens the thinking part; "
+            "leave grade.think_open empty"
+        )
+
+
+def plain_question(config: Config, problem: Problem) -> str:
+    """The user turn of unaided rollouts, training examples and evaluation."""
+    return config.sample.prompt.replace("{question}", problem.question)
+
+
 def hindsight_question(config: Config, problem: Problem) -> str:
-    """The question with the answer in view."""
+    """The user turn with the answer in view."""
     # One pass over the template: questions and answers may hold braces.
     fields = {"{question}": problem.question, "{answer}": problem.answer}
     return re.sub(r"\{question\}|\{answer\}", lambda match: fields[match[0]], config.hindsight.prompt)

@@ -28,6 +28,8 @@ def summarise(run: Run) -> dict[str, Any]:
             name: hindsight[name] for name in ("problems", "candidates", "correct", "leaked", "kept", "duplicates")
         }
         summary["stages"] = stages["curate"]["stages"]
+        if "retokenised" in stages["curate"]:  # the student has another tokenizer than the teacher
+            summary["retokenised"] = stages["curate"]["retokenised"]
     if "train" in stages:
         summary["training"] = stages["train"]
     if "evaluate" in stages:

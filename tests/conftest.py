@@ -31,9 +31,9 @@ def teacher():
     return open_model(ModelSpec("builtin:teacher"))
 
 
-def start(*arguments: object) -> subprocess.Popen:
+def start(*arguments: object, environment: dict[str, str] = ENVIRONMENT) -> subprocess.Popen:
     return subprocess.Popen(
-        [*COMMAND, *map(str, arguments)], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*COMMAND, *map(str, arguments)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 

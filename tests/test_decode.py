@@ -29,14 +29,27 @@ def models(tmp_path_factory):
     return load(folder), theirs
 
 
-def sample(model, contexts, names, *, hints=None, repeats=1, rules=(), max_new=16, budget=None, eos=(1,), mesh=None):
+def sample(
+    model,
+    contexts,
+    names,
+    *,
+    hints=None,
+    repeats=1,
+    rules=(),
+    max_new=16,
+    budget=None,
+    eos=(1,),
+    mesh=None,
+    slots=None,
+):
     """Rollouts of the contexts as NumPy arrays; `names` seed them."""
     context, context_length = pad_rows(contexts, 12, len(contexts))
     hint, hint_length = pad_rows(hints or [[]] * len(contexts), 4 if hints else 0, len(contexts))
     keys = np.stack([key_of(name) for name in names])
     limit = np.full(len(names), max_new if budget is None else budget, np.int32)
     arrays = *put_batch(mesh, (context, context_length, hint, hint_length), "context"), *put_batch(mesh, (keys, limit))
-    static = {"rules": tuple(rules), "repeats": repeats, "max_new": max_new}
+    static = {"rules": tuple(rules), "repeats": repeats, "max_new": max_new, "slots": slots}
     with using(mesh):
         return jax.device_get(roll_out(model.graph, model.params, *arrays, jnp.asarray(eos), **static))
 
@@ -138,6 +151,19 @@ def test_lengths_stops_and_budgets(models):
         want = hits[0] + 1 if len(hits) else 16
         assert stopped.length[row] == want and stopped.stopped[row] == bool(len(hits))
         np.testing.assert_array_equal(stopped.tokens[row, :want], free.tokens[row, :want])
+
+
+def test_a_cache_without_slots_that_no_row_can_reach(models):
+    model, _ = models
+    # As in a repair: what a row has in its context it cannot decode. The last slot is used by every row.
+    budget = [18 - len(c) - len(h) for c, h in zip(CONTEXTS, HINTS)]
+    roomy, tight = (
+        sample(model, CONTEXTS, ["a", "b", "c"], hints=HINTS, budget=budget, eos=(VOCAB + 5,), slots=slots)
+        for slots in (None, 18)
+    )
+    assert roomy.length.tolist() == budget
+    for row in range(3):
+        same(roomy, tight, row, row)
 
 
 def test_pad_id_is_an_ordinary_token(models):

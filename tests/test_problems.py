@@ -61,6 +61,7 @@ def test_world_gives_the_levels_asked_for():
         (ProblemSpec(source="world:moon", counts={"easy": 1}), "world:sums"),
         (ProblemSpec(counts={"easy": 1}, limit=3), "problems.limit"),
         (ProblemSpec(counts={"easy": 1}, options={"a": 1}), "problems.options"),
+        (ProblemSpec(counts={"easy": 1}, skip=3), "problems.skip"),
         (ProblemSpec(source="jsonl:x", counts={"easy": 1}), "problems.counts"),
         (ProblemSpec(source="sums"), "rg:FAMILY"),
         (ProblemSpec(source="rg:"), "rg:FAMILY"),
@@ -93,6 +94,19 @@ def test_options_reach_the_family_and_repeats_are_skipped():
     assert len({p.question for p in problems}) == len(problems)
     assert {p.level for p in problems} == {"num_terms=2,num_digits=1"} and {p.scorer for p in problems} == {"math"}
     assert all(p.metadata["source_options"] == options and len(p.answer) <= 2 for p in problems)
+
+
+def test_skip_splits_a_family_with_few_questions():
+    options = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
+
+    def drawn(**fields):
+        return load(ProblemSpec(source="rg:chain_sum", options=options, **fields), "auto")
+
+    first, rest = drawn(limit=60), drawn(skip=60, limit=140, split="test")
+    whole = [question for question, _, _ in sources._entries("chain_sum", 200, 0, options)]
+    assert [p.question for p in first + rest] == list(dict.fromkeys(whole)) and len(rest) < 140
+    sources.check_disjoint(first, rest)
+    assert "problems.skip" in refusal(ProblemSpec(source="rg:chain_sum", options=options, skip=2000, limit=1))
 
 
 def test_an_unknown_family_is_one_line():
@@ -141,6 +155,8 @@ def test_a_relative_path_and_a_limit(tmp_path, monkeypatch):
     write(tmp_path, *({"question": f"q{i}", "answer": i} for i in range(5)))
     monkeypatch.chdir(tmp_path)
     assert [p.answer for p in load(ProblemSpec(source="jsonl:set.jsonl", limit=2), "exact")] == ["0", "1"]
+    assert [p.answer for p in load(ProblemSpec(source="jsonl:set.jsonl", skip=1, limit=2), "exact")] == ["1", "2"]
+    assert "problems.skip" in refusal(ProblemSpec(source="jsonl:set.jsonl", skip=5000))
     assert "grade.by" in refusal(ProblemSpec(source="jsonl:set.jsonl"), "reasoning_gym")
 
 

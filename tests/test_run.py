@@ -1,6 +1,7 @@
 """The tiny configuration from the command line: every stage, interruptions, refusals."""
 
 import json
+import pickle
 import shutil
 import signal
 import time
@@ -157,8 +158,8 @@ def refused(capsys, *arguments: object, status: int = 2) -> str:
 
 
 def test_a_changed_config_is_refused_with_a_diff(tiny, capsys):
-    said = refused(capsys, "run", TINY, "--out", tiny[0], "--sample.n", "9", "--gear.window", "0.5")
-    assert "sample.n: 8 -> 9" in said and "gear.window: 0.33" in said and "another --out" in said
+    said = refused(capsys, "run", TINY, "--out", tiny[0], "--sample.n", "16", "--gear.window", "0.5")
+    assert "sample.n: 8 -> 16" in said and "gear.window: 0.33" in said and "another --out" in said
 
 
 def test_damage_is_named(tiny, tmp_path, capsys):
@@ -195,6 +196,8 @@ def test_damage_is_named(tiny, tmp_path, capsys):
         ("evaluate: {problems: {source: 'rg:nothing'}}", "rg:nothing"),
         ("seed: -1", "seed: -1 is out of range"),
         ("grade: {timeout: .inf}", "grade.timeout"),
+        ("grade: {think_open: <think>}", "grade.think_open"),
+        ("grade: {think_open: ' ', think_end: </think>}", "grade.think_open"),
         ("sample: {max_new_tokens: 4000}", "positions"),
         ("mesh: {data: 3}", "devices"),
         ("mesh: {tensor: 2}", "the student's 3 key-value heads; nearest: tensor=1"),
@@ -236,27 +239,81 @@ def test_commands_that_make_no_sense(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("how", ["weights", "generation", "template", "epsilon", "eos"])
-def test_a_damaged_model_folder_is_one_line_and_writes_nothing(tmp_path, capsys, how):
-    folder = tmp_path / "student"
-    shutil.copytree(resolve(ModelSpec("builtin:student")), folder)
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ("weights", "model.safetensors"),
+        ("generation", "not a JSON object"),
+        ("epsilon", "rms_norm_eps"),
+        ("eos", "no valid eos_token_id"),
+        ("template", "chat template cannot be applied"),
+        ("raising template", "chat template cannot be applied (no)"),
+        ("more tokens", "ids up to 5000, the model's vocabulary ends at 301"),
+        ("ids out of range", "ids up to 900, the model's vocabulary ends at 301"),
+        ("truncated tokenizer", "no usable tokenizer"),
+        ("other format", "no usable tokenizer"),
+        ("no tokenizer", "no tokenizer.json"),
+        ("pickle", "no tokenizer.json"),
+        ("remote code", "auto_map names code"),
+        ("other files", "fast_tokenizer_files names code or files"),
+        ("settings", "a JSON object is expected"),
+        ("truncated settings", "not valid JSON"),
+    ],
+)
+@pytest.mark.parametrize("which", ["teacher", "student"])
+def test_a_damaged_model_folder_is_one_line_and_writes_nothing(tmp_path, capsys, how, says, which):
+    folder = tmp_path / which
+    shutil.copytree(resolve(ModelSpec(f"builtin:{which}")), folder)
     config = json.loads((folder / "config.json").read_text())
-    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
-    if how == "weights":
-        data = (folder / "model.safetensors").read_bytes()
-        (folder / "model.safetensors").write_bytes(data[:-5])
-    elif how == "generation":
-        (folder / "generation_config.json").write_text("[1")
-    elif how == "template":
-        tokenizer["chat_template"] = "{% for %}"
-    elif how == "epsilon":
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    marker = tmp_path / "executed"
+    if how == "epsilon":
         config["rms_norm_eps"] = "small"
-    elif how == "eos":
-        (folder / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
+    elif how == "template":
+        settings["chat_template"] = "{% for %}"
+    elif how == "raising template":
+        settings["chat_template"] = "{{ raise_exception('no') }}"
+    elif how == "more tokens":
+        tokenizer["model"]["vocab"] |= {f"more{i}": i for i in range(302, 5001)}
+    elif how == "ids out of range":
+        tokenizer["model"]["vocab"]["~"] = 900
+    elif how == "other format":
+        tokenizer = {"version": "1.0", "model": {"type": "Markov"}}
+    elif how == "remote code":
+        settings |= {"auto_map": {"AutoTokenizer": ["code.Own", "code.Own"]}, "tokenizer_class": "Own"}
+        (folder / "code.py").write_text(f"open({str(marker)!r}, 'w')\nclass Own: pass\n")
+    elif how == "other files":
+        settings["fast_tokenizer_files"] = ["tokenizer.4.0.json"]
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
-    said = refused(capsys, "run", TINY, "--out", tmp_path / "out", "--student.path", folder)
-    assert "student" in said and not (tmp_path / "out").exists()
+    (folder / "tokenizer_config.json").write_text("[]" if how == "settings" else json.dumps(settings))
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    for name, file in (("weights", "model.safetensors"), ("truncated tokenizer", "tokenizer.json"),
+                       ("truncated settings", "tokenizer_config.json")):  # fmt: skip
+        if how == name:
+            (folder / file).write_bytes((folder / file).read_bytes()[:-5])
+    if how == "generation":
+        (folder / "generation_config.json").write_text("[1")
+    elif how == "eos":
+        (folder / "generation_config.json").write_text('{"eos_token_id": [2, 700]}')
+    elif how in ("no tokenizer", "pickle"):
+        (folder / "tokenizer.json").unlink()
+    if how == "pickle":  # whoever unpickles it leaves a mark
+        (folder / "vocab.pkl").write_bytes(pickle.dumps(Executed(marker)))
+        (folder / "tokenizer.model").write_bytes(pickle.dumps(Executed(marker)))
+    said = refused(capsys, "run", TINY, "--out", tmp_path / "out", f"--{which}.path", folder)
+    assert says in said and which in said
+    assert not (tmp_path / "out").exists() and not marker.exists()
+
+
+class Executed:
+    """Unpickled, it writes a file."""
+
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.marker,)
 
 
 def test_help_explains_every_field(capsys):
@@ -319,3 +376,39 @@ def test_config_survives_its_own_file(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(dump(Config()))
     assert load(path) == Config()
+
+
+def test_the_prompt_template_stands_wherever_a_plain_prompt_does(tmp_path, monkeypatch):
+    from heal_jax import collect, evaluate
+    from heal_jax.config import load
+    from heal_jax.progress import Progress
+    from heal_jax.run import open_run
+
+    for split, terms in (("train", "12 + 7"), ("test", "30 + 4")):
+        line = {"question": f"Add: {terms}", "answer": "19", "id": f"{split}-0"}
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps(line) + "\n")
+    settings = {
+        "problems": {"source": f"jsonl:{tmp_path}/train.jsonl"},
+        "sample": {"prompt": "{question} {x} ="},
+        "evaluate": {"problems": {"source": f"jsonl:{tmp_path}/test.jsonl", "split": "test"}},
+    }
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(settings))
+
+    def decode(lm, groups, *_):
+        seen.extend(group.context for group in groups)
+        raise InterruptedError
+
+    seen = []
+    for module in (collect, evaluate):
+        monkeypatch.setattr(module, "generate", decode)
+    with open_run(load(tmp_path / "a.yaml"), tmp_path / "out", Progress(quiet=True)) as run:
+        for stage in (lambda: collect.sample(run), lambda: evaluate.evaluate_one(run, "teacher")):
+            with pytest.raises(InterruptedError):
+                stage()
+        written = [tuple(run.teacher.tokenizer.prompt(f"Add: {terms} {{x}} =")) for terms in ("12 + 7", "30 + 4")]
+        assert seen == written and run.prompts == {"train-0": written[0]}
+
+
+def test_a_prompt_template_without_a_question_is_refused(tmp_path, capsys):
+    said = refused(capsys, "run", TINY, "--out", tmp_path / "out", "--sample.prompt", "Reply with a number.")
+    assert "sample.prompt" in said and "{question}" in said and not (tmp_path / "out").exists()

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Fast
 from tokenizers import decoders, models, pre_tokenizers
@@ -62,6 +62,18 @@ def test_spans_spell_the_text(tokenizer, text):
         assert whole[start : start + len(piece)] == piece
 
 
+@given(st.text(alphabet="ab c.\n√é日\\{}x", max_size=30))
+@example(" a")
+@example("\n\na")
+def test_text_inside_a_turn_is_encoded_without_a_space_before_it(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert tokenizer.text(ids) == text
+    # Whatever is before it, by the library's own decoder.
+    before = tokenizer.hf.encode("b", add_special_tokens=False)
+    assert tokenizer.hf.decode([*before, *ids], clean_up_tokenization_spaces=False) == "b" + text
+    assert tokenizer.turn(text) == (*ids, 0)
+
+
 def test_newline_table(tokenizer):
     table = tokenizer.newlines
     (newline,) = [i for i, piece in enumerate(tokenizer.pieces) if piece == "\n"][:1]
@@ -79,7 +91,7 @@ def test_all_eos_ids_count(tokenizer):
 
 
 def test_a_vocabulary_that_does_not_fit_is_refused(tokenizer):
-    with pytest.raises(InputError, match="the tokenizer has"):
+    with pytest.raises(InputError, match="the tokenizer has ids up to"):
         Tokenizer(tokenizer.folder, 100)
-    with pytest.raises(InputError, match="no usable tokenizer"):
+    with pytest.raises(InputError, match="no tokenizer.json"):
         Tokenizer(tokenizer.folder / "nothing", 300)

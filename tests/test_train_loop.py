@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import math
 import os
 import shutil
@@ -23,30 +24,28 @@ from orbax.checkpoint import v1 as ocp
 
 from heal_jax.config import TrainSpec
 from heal_jax.errors import RunError
-from heal_jax.model.config import DecoderConfig
+from heal_jax.model.config import parse
 from heal_jax.model.decoder import Decoder, Model, initialise
-from heal_jax.model.rope import Rope
 from heal_jax.train import loop
 from heal_jax.train.data import Example, batches
 from heal_jax.train.loop import Phase, optimizer, schedule, stage_steps, train
 from heal_jax.train.step import loss_fn, token_losses, train_step
 
-CONFIG = DecoderConfig(
-    family="qwen3",
-    vocab_size=48,
-    hidden_size=32,
-    intermediate_size=48,
-    num_layers=1,
-    num_heads=4,
-    num_kv_heads=1,  # fewer than the tensor axis has devices: where the compiler likes to move weights
-    head_dim=8,
-    rope=Rope(1e4),
-    rms_norm_eps=1e-6,
-    tie_embeddings=True,
-    max_positions=64,
-    query_scale=8,
-    qk_norm=True,
-)
+RAW = {
+    "model_type": "qwen3",
+    "vocab_size": 48,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,  # fewer than the tensor axis has devices: where the compiler likes to move weights
+    "head_dim": 8,
+    "rope_theta": 1e4,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 64,
+}
+CONFIG = parse(RAW)
 LENGTH, PAD = 32, 0
 
 
@@ -183,11 +182,13 @@ def test_training_equals_torch(tmp_path: Path) -> None:
     from safetensors.numpy import load_file
 
     from heal_jax.model.weights import save_weights
-    from heal_jax.world import make, tokenizer
+    from heal_jax.world import tokenizer
 
     vocab = tokenizer.build().get_vocab_size()
     model = initialise(dataclasses.replace(CONFIG, vocab_size=vocab), 2)
-    make.save(model, tmp_path / "model")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(RAW | {"vocab_size": vocab}))
+    save_weights(model, tmp_path / "model")
     spec = TrainSpec(batch=4, learning_rate=1e-3, warmup=0.4, weight_decay=0.1, clip_norm=0.7)
     phase = Phase("stage 1", examples(6, vocab=vocab), 5)
     seen: list[tuple[np.ndarray, np.ndarray]] = []
@@ -203,8 +204,9 @@ def test_training_equals_torch(tmp_path: Path) -> None:
         patch.setattr(loop, "batches", recorded)
         patch.setattr(loop, "LOG_EVERY", 1)
         trained = run(tmp_path / "checkpoints", lines.append, model=model, phases=[phase], spec=spec)
-    save_weights(trained, tmp_path / "trained.safetensors")
-    ours = load_file(tmp_path / "trained.safetensors")
+    (tmp_path / "trained").mkdir()
+    save_weights(trained, tmp_path / "trained")
+    ours = load_file(tmp_path / "trained" / "model.safetensors")
 
     torch.set_num_threads(1)  # its threads spin
     reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
@@ -393,7 +395,7 @@ def test_checkpoints_of_another_training_are_refused(
 ) -> None:
     folder = uninterrupted[0]
     with pytest.raises(RunError, match="22: of another training, with different model;"):
-        run(folder, model=dataclasses.replace(initial(), config=dataclasses.replace(CONFIG, rope_theta=2e4)))
+        run(folder, model=dataclasses.replace(initial(), config=parse(RAW | {"rope_theta": 2e4})))
     with pytest.raises(RunError, match="different train and phases;"):
         run(folder, spec=dataclasses.replace(SPEC, learning_rate=2e-3), phases=PHASES[:1])
     with pytest.raises(RunError, match="different batches;"):
@@ -474,7 +476,7 @@ assert train_step._cache_size() == 1, train_step._cache_size()
 placed = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), whole.params, shardings(model, mesh))
 assert jax.tree.all(placed), placed
 assert not whole.params["embed"][...].is_fully_replicated
-save_weights(whole, folder / "whole.safetensors")
+save_weights(whole, folder)
 """
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "NPROC": "16"}
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
@@ -483,7 +485,8 @@ save_weights(whole, folder / "whole.safetensors")
 
     from heal_jax.model.weights import save_weights
 
-    save_weights(uninterrupted[1], tmp_path / "one.safetensors")
-    sharded, one = load_file(tmp_path / "whole.safetensors"), load_file(tmp_path / "one.safetensors")
+    (tmp_path / "one").mkdir()
+    save_weights(uninterrupted[1], tmp_path / "one")
+    sharded, one = (load_file(f / "model.safetensors") for f in (tmp_path, tmp_path / "one"))
     for name, weight in one.items():
         np.testing.assert_allclose(sharded[name], weight, atol=2e-4, err_msg=name)

@@ -121,7 +121,7 @@ def test_the_recipe_is_deterministic_and_is_that_of_the_shipped_models(tmp_path)
         assert decoder_config(folder) == recipe.config
     short = dataclasses.replace(recipes["student"], steps=2, batch=2)
     for out in ("a", "b"):
-        make.save(make.pretrain(short, lambda step, loss: None), tmp_path / out)
+        make.save(make.pretrain(short, lambda step, loss: None), short, tmp_path / out)
     for file in (tmp_path / "a").iterdir():
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
         if file.suffix == ".json":

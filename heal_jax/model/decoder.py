@@ -18,6 +18,7 @@ from jax import Array
 from heal_jax.model.attention import attention
 from heal_jax.model.config import DecoderConfig
 from heal_jax.model.experts import Experts
+from heal_jax.model.mesh import constrain
 from heal_jax.model.rope import rotate
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -203,10 +204,11 @@ class Decoder(nnx.Module):
         """
         slots = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         positions = slots if positions is None else positions
-        x = self._embed(tokens)
+        # Rows stay split between blocks: left alone the compiler splits hidden over fsdp and repeats the attention.
+        x = constrain(self._embed(tokens), "context", None, None)
 
         def apply(block: Block, x: Array, positions: Array, segments: Array | None) -> Array:
-            return block(x, positions, slots, segments)[0]
+            return constrain(block(x, positions, slots, segments)[0], "context", None, None)
 
         apply = nnx.remat(apply) if remat else apply
         for block in self.blocks:

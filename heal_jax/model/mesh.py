@@ -5,7 +5,7 @@ Axes are Auto: this table places the arrays, the compiler places the collectives
 
 import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -83,10 +83,14 @@ def describe(shape: Mapping[str, int]) -> str:
     return " ".join(f"{axis}={size}" for axis, size in shape.items() if size != 1) or "data=1"
 
 
-def make_mesh(wanted: Mapping[str, int]) -> Mesh:
-    """A mesh with AXES over all devices (of all processes); one axis may be -1 (what is left). Raises InputError."""
-    shape = mesh_shape(wanted, jax.device_count())
-    return jax.make_mesh(tuple(shape.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+def make_mesh(wanted: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with AXES over the devices, without any over all (of all processes); one axis may be -1 (what is left).
+
+    Raises InputError.
+    """
+    shape = mesh_shape(wanted, jax.device_count() if devices is None else len(devices))
+    types = (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(tuple(shape.values()), AXES, axis_types=types, devices=devices)
 
 
 def spec(mesh: Mesh | AbstractMesh, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> PartitionSpec:
@@ -117,6 +121,11 @@ def sharding(
 def batch_parts(mesh: Mesh | None) -> int:
     """How many parts a batch is split into."""
     return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in RULES["batch"])
+
+
+def whole_rows(mesh: Mesh | None, rows: int) -> int:
+    """The next number of rows that the mesh divides."""
+    return rows + -rows % batch_parts(mesh)
 
 
 def using(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:

@@ -13,7 +13,7 @@ from heal_jax.processes import primary
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 2 << 30  # of a written file: also what a writer holds at once
-MAPPED_BYTES = 64 << 20  # read of a file before it is mapped anew, which gives its pages back
+MAPPED_BYTES = 16 << 20  # read of a file before it is mapped anew, which gives its pages back
 DTYPES = ("F32", "F16", "BF16")
 
 
@@ -35,7 +35,7 @@ class Tensors:
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """A part of a tensor, in the file's dtype."""
-        value = self._slice(name)[index] if index else self._slice(name)[...]
+        value = self._slice(name)[index]
         self._mapped += value.nbytes
         if self._mapped > MAPPED_BYTES:
             self._open, self._mapped = None, 0

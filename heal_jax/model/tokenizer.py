@@ -1,5 +1,6 @@
 """Text to ids and back, and what the compiled graphs need to know of each token's text."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -53,13 +54,15 @@ class Tokenizer:
         from transformers import AutoTokenizer  # two seconds: only where a model is used
 
         self.folder = Path(folder)
+        _check_files(self.folder)
         try:
             self.hf = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         except Exception as error:  # the library raises many kinds for a broken folder
             raise InputError(f"{folder}: no usable tokenizer ({' '.join(str(error).split())[:200]})") from None
-        if len(self.hf) > vocab_size:
+        self._known = set(self.hf.get_vocab().values())
+        if (highest := max(self._known, default=-1)) >= vocab_size:
             raise InputError(
-                f"{folder}: the tokenizer has {len(self.hf)} tokens, the model {vocab_size}; "
+                f"{folder}: the tokenizer has ids up to {highest}, the model's vocabulary ends at {vocab_size - 1}; "
                 "put the files of one model together"
             )
         self.vocab_size = vocab_size
@@ -81,9 +84,25 @@ class Tokenizer:
         found = tuple(dict.fromkeys(i for i in ids if i is not None))
         if not found or any(not isinstance(i, int) or not 0 <= i < self.vocab_size for i in found):
             raise InputError(
-                f"{self.folder}: no valid eos_token_id in tokenizer, generation_config.json or config.json"
+                f"{self.folder}: no valid eos_token_id in tokenizer, generation_config.json or config.json "
+                f"(found: {list(found)}; the model's vocabulary ends at {self.vocab_size - 1}); restore the files"
             )
         return found
+
+    @functools.cached_property
+    def turn_end(self) -> int:
+        """The EOS id that ends an assistant's turn: the first in what the chat template puts after one.
+
+        The first EOS id where it puts none (as with base models whose template ends turns with a token of no meaning).
+        """
+        said = "SAID"
+        turns = [{"role": "user", "content": "ASKED"}, {"role": "assistant", "content": said}]
+        after = ""
+        if self.hf.chat_template is not None:
+            with contextlib.suppress(Exception):  # a template may know no finished turn: nothing follows one then
+                _, found, rest = str(self.hf.apply_chat_template(turns, tokenize=False)).rpartition(said)
+                after = rest if found else ""
+        return next((i for i in self.encode(after) if i in self.eos_ids), self.eos_ids[0])
 
     def prompt(self, question: str) -> list[int]:
         """Ids of a user turn up to where the assistant begins; the bare text where there is no chat template.
@@ -100,14 +119,30 @@ class Tokenizer:
             raise InputError(f"{self.folder}: its chat template cannot be applied ({reason}); restore it") from None
 
     def encode(self, text: str) -> list[int]:
-        """Ids of text inside a turn: no special tokens added."""
-        return list(self.hf.encode(text, add_special_tokens=False))
+        """Ids of text inside a turn: no special tokens added, and no space before it, where the tokenizer can."""
+        ids = list(self.hf.encode(text, add_special_tokens=False))
+        if self._after_anchor(ids) != text:  # some put a space before the first word of whatever they encode
+            line = list(self.hf.encode("\n", add_special_tokens=False))
+            second = list(self.hf.encode("\n" + text, add_special_tokens=False))
+            if second[: len(line)] == line and self._after_anchor(second[len(line) :]) == text:
+                return second[len(line) :]
+        return ids
+
+    def turn(self, text: str) -> tuple[int, ...]:
+        """Ids of an assistant's whole turn that says `text`, its EOS at the end.
+
+        Empty where the ids would not say the same text again: characters that the vocabulary lacks or that are
+        normalised away, an EOS within the text, broken characters in it.
+        """
+        ids = self.encode(text)
+        if "\ufffd" in text or set(ids) & set(self.eos_ids) or self.text(ids) != text:
+            return ()
+        return (*ids, self.turn_end)
 
     @functools.cached_property
     def pieces(self) -> list[str]:
         """The text that each id adds after other text, [V] strings; ids without a token add none."""
-        known = len(self.hf)
-        return [self._after_anchor([i]) if i < known else "" for i in range(self.vocab_size)]
+        return [self._after_anchor([i]) if i in self._known else "" for i in range(self.vocab_size)]
 
     def _after_anchor(self, ids: list[int]) -> str:
         """What ids add to other text."""
@@ -117,7 +152,7 @@ class Tokenizer:
     @functools.cached_property
     def _anchor(self) -> tuple[list[int], int]:
         """A token to decode after, and the length of its text: some decoders strip what begins a text."""
-        ids = self.encode("a")[-1:]
+        ids = list(self.hf.encode("a", add_special_tokens=False))[-1:]
         return ids, len(self._decode(ids))
 
     @functools.cached_property
@@ -151,3 +186,28 @@ class Tokenizer:
             first = i + 1 if done else first
         starts = np.cumsum([0, *map(len, texts)])
         return list(zip(texts, map(int, starts)))
+
+
+def _check_files(folder: Path) -> None:
+    """Raise InputError unless the tokenizer is a tokenizer.json: a format that holds data alone.
+
+    Other formats would be read as whatever they claim to be, by classes or code that the folder names.
+    """
+    if not (folder / "tokenizer.json").is_file():
+        raise InputError(
+            f"{folder}: no tokenizer.json, the only format that is read (never pickles or code); "
+            "save the tokenizer in that format"
+        )
+    path = folder / "tokenizer_config.json"
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON ({error}); restore the file from its source") from None
+    if not isinstance(settings, dict):
+        raise InputError(f"{path}: a JSON object is expected; restore the file from its source")
+    for name in ("auto_map", "fast_tokenizer_files"):
+        if settings.get(name):
+            raise InputError(
+                f"{path}: {name} names code or files beside tokenizer.json, which are never loaded; "
+                "use a folder whose tokenizer is tokenizer.json alone"
+            )

@@ -6,6 +6,7 @@ of the parameter, from which its sharding follows (`heal_jax.model.mesh`).
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from heal_jax.processes import fetch
 
 Path_ = tuple[Any, ...]
 Index = tuple[slice, ...]
+PIECE_BYTES = 8 << 20  # of a tensor read at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,9 +95,9 @@ def _block_rows(config: DecoderConfig, layer: int) -> Iterator[Row]:
 def load(folder: str | Path, dtype: jnp.dtype = jnp.float32, mesh: Mesh | None = None) -> Model:
     """Read a Hugging Face model folder (`heal_jax.model.config.FAMILIES`; safetensors, one file or sharded).
 
-    Every device gets its part of each tensor straight from the file, cast to `dtype`: the host holds one tensor's part
-    twice at most. Raises InputError that lists every missing, unexpected and mis-shaped tensor at once, or every one
-    with values that are not finite.
+    Every device gets its part of each tensor straight from the file, cast to `dtype`: the host holds no more
+    than one tensor's part besides. Raises InputError that lists every missing, unexpected and mis-shaped tensor at
+    once, or every one with values that are not finite.
     """
     config = decoder_config(Path(folder))
     graph, abstract_params = abstract(config, dtype)
@@ -161,11 +163,21 @@ class Source:
         return all(np.array_equal(self.tensors.read(first, (p,)), self.tensors.read(second, (p,))) for p in parts)
 
     def read(self, row: Row, index: Index) -> np.ndarray:
-        """A part of one tensor, as the decoder has it (index and result in the parameter's order), in `dtype`."""
-        value = self.tensors.read(row.tensor, index[::-1] if row.transposed else index)
-        if not np.isfinite(value).all():
-            self.not_finite[row.tensor] = None
-        return np.array(value.T if row.transposed else value, self.dtype, order="C")
+        """A part of one tensor, as the decoder has it (index and result in the parameter's order), in `dtype`.
+
+        In pieces, so that a second copy in the file's dtype and order is never held.
+        """
+        out = _aligned([part.stop - part.start for part in index], self.dtype)
+        first, *rest = index[::-1] if row.transposed else index
+        in_file = out.T if row.transposed else out
+        step = max(1, PIECE_BYTES * len(in_file) // max(out.nbytes, 1))
+        for start in range(0, len(in_file), step):
+            stop = min(start + step, len(in_file))
+            piece = self.tensors.read(row.tensor, (slice(first.start + start, first.start + stop), *rest))
+            if not np.isfinite(piece).all():
+                self.not_finite[row.tensor] = None
+            in_file[start:stop] = piece
+        return out
 
     def complain(self) -> None:
         """Raise InputError where what was read held values that are not finite."""
@@ -200,6 +212,14 @@ class Source:
             stacks = [_put(stack, jax.device_put(host, device), i) for stack, device in zip(stacks, devices)]
             jax.block_until_ready(stacks)
         return stacks
+
+
+def _aligned(shape: list[int], dtype: np.dtype) -> np.ndarray:
+    """An empty array whose memory a CPU device can take over as it is: XLA wants 64 bytes of alignment."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -58,6 +58,7 @@ def _load(spec: ProblemSpec, by: str) -> list[Problem]:
     for unused, given, instead in (
         ("counts", spec.counts and scheme != "world", "limit"),
         ("limit", spec.limit and scheme == "world", "counts"),
+        ("skip", spec.skip and scheme == "world", "split"),
         ("options", spec.options and scheme != "rg", "an rg: source"),
     ):
         if given:
@@ -105,7 +106,7 @@ def _world(spec: ProblemSpec, name: str, scorer: str) -> list[Problem]:
 def _reasoning_gym(spec: ProblemSpec, family: str, scorer: str) -> list[Problem]:
     process, connection = worker.start(__name__, "generate")
     try:
-        connection.send((family, spec.limit or RG_SIZE, spec.seed, spec.options))
+        connection.send((family, spec.skip + (spec.limit or RG_SIZE), spec.seed, spec.options))
         entries = connection.recv()
     except (EOFError, OSError):
         raise RunError(f"{spec.source}: reasoning-gym ended without an answer; is it installed?") from None
@@ -120,10 +121,14 @@ def _reasoning_gym(spec: ProblemSpec, family: str, scorer: str) -> list[Problem]
         if _key(question) in seen:
             continue
         seen.add(_key(question))
+        if index < spec.skip:
+            continue
         metadata = {**metadata, "source_dataset": family, "source_options": spec.options}
         level = _difficulty(metadata.get("difficulty"))
         id = f"{family}-{spec.split}-{spec.seed}-{index}"
         out.append(Problem(id, spec.source, spec.split, level, question, answer, scorer, metadata))
+    if not out:
+        raise InputError(f"problems.skip: {spec.skip}: {spec.source} has no question that is not among them; lower it")
     return out
 
 
@@ -209,7 +214,11 @@ def _json_lines(spec: ProblemSpec, name: str, scorer: str) -> list[Problem]:
         out.append(Problem(id, spec.source, spec.split, level, question, answer, scorer))
     if not out:
         raise InputError(f'{path}: holds no problems; one {{"question": ..., "answer": ...}} a line is expected')
-    return out[: spec.limit or None]
+    if len(out) <= spec.skip:
+        raise InputError(
+            f"problems.skip: {spec.skip}: {path} holds {len(out)} problems, so that none is left; lower it"
+        )
+    return out[spec.skip :][: spec.limit or None]
 
 
 def _row(line: bytes) -> dict[str, Any] | None:

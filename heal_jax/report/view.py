@@ -64,7 +64,12 @@ def view(run: RunData, row: dict[str, Any]) -> View:
     tokens, shaded = _tokens(row, run.tokenizer)
     starts = row["step_starts"] or [0]
     bounds = list(zip(starts, [*starts[1:], len(row["tokens"])], strict=True))
-    texts = [tokens[start:end] for start, end in bounds] if shaded else _plain_steps(row["text"] or "", len(starts))
+    # The opening of a thinking part is of no step: it is shown before the first.
+    texts = (
+        [tokens[start if i else 0 : end] for i, (start, end) in enumerate(bounds)]
+        if shaded
+        else _plain_steps(row["text"] or "", len(starts))
+    )
     entropies = _entropies(row)
     figures, answer = _scores(row, ["".join(t.text for t in text) for text in texts], kept, run.settings)
     steps = tuple(

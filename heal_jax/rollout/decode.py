@@ -116,7 +116,7 @@ def decode(
     return jax.lax.while_loop(condition, step, start).out
 
 
-@partial(jax.jit, static_argnames=("graph", "rules", "repeats", "max_new"))
+@partial(jax.jit, static_argnames=("graph", "rules", "repeats", "max_new", "slots"))
 def roll_out(
     graph: nnx.GraphDef,
     params: nnx.State,
@@ -131,16 +131,18 @@ def roll_out(
     rules: tuple[Rule, ...],
     repeats: int,
     max_new: int,
+    slots: int | None = None,
 ) -> Rollouts:
     """`repeats` rollouts of each context, which is computed once.
 
     context [A, P] int32 with context_length [A] (prompt and kept prefix); hint [A, Q] int32 with hint_length [A]
     follows it (Q = 0: none); keys [A * repeats, 2] uint32 and budget [A * repeats] int32, a context's rollouts
-    together. Returns Rollouts with B = A * repeats.
+    together. slots: of the cache, at least each row's context, hint and budget (default: for the largest of each).
+    Returns Rollouts with B = A * repeats.
     """
     model = nnx.merge(graph, params)
-    width = context.shape[1] + hint.shape[1]
-    cache = empty_cache(model.config, context.shape[0], width + max_new, model.embed[...].dtype)
+    slots = context.shape[1] + hint.shape[1] + max_new if slots is None else slots
+    cache = empty_cache(model.config, context.shape[0], slots, model.embed[...].dtype)
     cache = placed(cache, "context")
     hidden, cache = model.extend(context, context_length, cache)
     last = _last(constrain(hidden, "context", None, None), context_length)
@@ -158,15 +160,17 @@ def _last(hidden: Array, count: Array) -> Array:
 
 
 @partial(jax.jit, static_argnames=("graph", "chunk"))
-def score(graph: nnx.GraphDef, params: nnx.State, tokens: Array, *, chunk: int = 64) -> tuple[Array, Array]:
+def score(graph: nnx.GraphDef, params: nnx.State, tokens: Array, *, chunk: int = 512) -> tuple[Array, Array]:
     """Teacher-forced log-probability and entropy of every token: one pass, the vocabulary in chunks of positions.
 
     tokens [B, L] int32 -> logprob, entropy [B, L] float32 nats; entry t is of the distribution that predicts token t,
     entry 0 is 0.
     """
     model = nnx.merge(graph, params)
-    hidden = constrain(model(tokens[:, :-1]), "batch", None, None)
+    # Not of tokens[:, :-1]: a TPU is slow with lengths that are no multiple of 8, and its compiler five times slower.
+    hidden = constrain(model(tokens), "batch", None, None)[:, :-1]
     rows, length, width = hidden.shape
+    chunk = min(chunk, tokens.shape[1])
     pad = -length % chunk
     hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0))).reshape(rows, -1, chunk, width).swapaxes(0, 1)
     targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, pad))).reshape(rows, -1, chunk).swapaxes(0, 1)

@@ -2,18 +2,21 @@
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
 
-from heal_jax.model.lm import LanguageModel
-from heal_jax.model.mesh import batch_parts, put_batch, using
+from heal_jax.config import SampleSpec, check
+from heal_jax.errors import InputError
+from heal_jax.model.lm import LanguageModel, Rollout
+from heal_jax.model.mesh import batch_parts, put_batch, using, whole_rows
 from heal_jax.processes import fetch
 from heal_jax.rollout.decode import key_words, roll_out, score
-from heal_jax.rollout.sampling import Rule
+from heal_jax.rollout.sampling import Rule, rules
 from heal_jax.rollout.steps import find_steps
-from heal_jax.shapes import bucket
+from heal_jax.shapes import Shape, bucket
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,17 +41,6 @@ class Decoded:
     finish: str
 
 
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """The static shape of a stage's batches: contexts a batch, rollouts a context, lengths in tokens."""
-
-    contexts: int
-    repeats: int
-    context_length: int
-    hint_length: int
-    max_new: int
-
-
 def key_of(name: str) -> np.ndarray:
     """The PRNG key of whatever has this name: [2] uint32."""
     return key_words(hashlib.sha256(name.encode()).digest())
@@ -64,8 +56,8 @@ def pad_rows(rows: Sequence[Sequence[int]], width: int, count: int) -> tuple[np.
     return tokens, length
 
 
-def generate(lm: LanguageModel, groups: Sequence[Group], shape: Shape, rules: tuple[Rule, ...]) -> list[list[Decoded]]:
-    """Decode one batch: at most shape.contexts groups of shape.repeats rollouts -> the rollouts of each group."""
+def batch_arrays(groups: Sequence[Group], shape: Shape) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
+    """What `roll_out` is given, by context (context, context_length, hint, hint_length) and by row (keys, budget)."""
     context, context_length = pad_rows([g.context for g in groups], shape.context_length, shape.contexts)
     hint, hint_length = pad_rows([g.hint for g in groups], shape.hint_length, shape.contexts)
     rows = shape.contexts * shape.repeats
@@ -74,17 +66,23 @@ def generate(lm: LanguageModel, groups: Sequence[Group], shape: Shape, rules: tu
         for j, rollout_id in enumerate(group.rollout_ids):
             keys[i * shape.repeats + j] = key_of(rollout_id)
             budget[i * shape.repeats + j] = min(group.budget, shape.max_new)
-    contexts = put_batch(lm.mesh, (context, context_length, hint, hint_length), "context")
+    return (context, context_length, hint, hint_length), (keys, budget)
+
+
+def generate(lm: LanguageModel, groups: Sequence[Group], shape: Shape, rules: tuple[Rule, ...]) -> list[list[Decoded]]:
+    """Decode one batch: at most shape.contexts groups of shape.repeats rollouts -> the rollouts of each group."""
+    contexts, rows = batch_arrays(groups, shape)
     with using(lm.mesh):
         out = roll_out(
             lm.model.graph,
             lm.model.params,
-            *contexts,
-            *put_batch(lm.mesh, (keys, budget)),
+            *put_batch(lm.mesh, contexts, "context"),
+            *put_batch(lm.mesh, rows),
             lm.eos_ids,
             rules=rules,
             repeats=shape.repeats,
             max_new=bucket(shape.max_new),
+            slots=shape.slots,
         )
     tokens, entropy, logprob, sampling, length, stopped = fetch(out)
 
@@ -99,6 +97,44 @@ def generate(lm: LanguageModel, groups: Sequence[Group], shape: Shape, rules: tu
     ]
 
 
+def rollouts(
+    lm: LanguageModel, prompts: Sequence[str | Sequence[int]], spec: SampleSpec, seed: int
+) -> list[list[Rollout]]:
+    """`spec.n` rollouts of each prompt (text or token ids). Raises InputError; see `LanguageModel.generate`."""
+    check(spec, "")
+    ids = [lm.tokenizer.prompt(p) if isinstance(p, str) else [int(i) for i in p] for p in prompts]
+    if not ids:
+        return []
+    width, config = bucket(max(map(len, ids))), lm.model.config
+    if not all(ids) or min(map(min, ids)) < 0 or max(map(max, ids)) >= config.vocab_size:
+        raise InputError(f"prompts: at least one token each, with ids of 0 to {config.vocab_size - 1}, is expected")
+    if width + bucket(spec.max_new_tokens) > config.max_positions:
+        raise InputError(
+            f"prompts of up to {width} tokens and {spec.max_new_tokens} new ones need more than the model's "
+            f"{config.max_positions} positions; shorten one or the other"
+        )
+    parts = batch_parts(lm.mesh)
+    unit = parts // math.gcd(parts, spec.n)  # contexts whose rollouts the mesh divides
+    contexts = -(-min(spec.batch // spec.n, len(ids)) // unit) * unit
+    shape = Shape(contexts, spec.n, width, 0, spec.max_new_tokens)
+    groups = []
+    for i in ids:
+        name = hashlib.sha256(np.asarray(i, "<i4").tobytes()).hexdigest()
+        groups.append(Group(tuple(i), (), tuple(f"{name}/{j}/s{seed}" for j in range(spec.n)), spec.max_new_tokens))
+    made: list[list[Rollout]] = []
+    for start in range(0, len(groups), shape.contexts):
+        part = groups[start : start + shape.contexts]
+        for group, several in zip(part, generate(lm, part, shape, rules(spec))):
+            made.append(
+                [
+                    Rollout(group.context, lm.tokenizer.text(list(d.tokens)), d.tokens, d.entropy, d.logprob,
+                            d.sampling_logprob, d.finish)
+                    for d in several
+                ]
+            )  # fmt: skip
+    return made
+
+
 def score_sequences(
     lm: LanguageModel, sequences: Sequence[tuple[int, ...]], width: int, rows: int
 ) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -106,7 +142,7 @@ def score_sequences(
 
     Identical sequences are computed once, in batches of [rows, width] (more rows where the mesh does not divide them).
     """
-    rows += -rows % batch_parts(lm.mesh)
+    rows = whole_rows(lm.mesh, rows)
     distinct = list(dict.fromkeys(sequences))
     found: dict[tuple[int, ...], tuple[np.ndarray, np.ndarray]] = {}
     for start in range(0, len(distinct), rows):

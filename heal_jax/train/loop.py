@@ -133,7 +133,7 @@ def train(
         raise RunError("there is nothing to train on: no phase has optimizer steps, or one has steps but no examples")
     transform, rate = optimizer(spec, total), schedule(spec, total)
     dtype = jax.tree.leaves(model.params)[0].dtype
-    target = _abstract_state(model, transform, mesh)
+    target = abstract_state(model, transform, mesh)
     leaves = jax.tree.leaves((target["params"], target["opt_state"]))
     pinned = None if mesh is None else tuple(leaf.sharding for leaf in leaves)
     identity = _identity(model, phases, spec, length, pad_id, seed)
@@ -199,7 +199,7 @@ def _steps(
             yield phase.name, step, step == end, *next(stream)
 
 
-def _abstract_state(model: Model, transform: optax.GradientTransformation, mesh: Mesh | None) -> dict[str, Any]:
+def abstract_state(model: Model, transform: optax.GradientTransformation, mesh: Mesh | None) -> dict[str, Any]:
     """Shapes, dtypes and shardings of {params, opt_state}; float32 weights, moments sharded like their weights."""
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), model.params)
     opt_state = jax.eval_shape(transform.init, params)

@@ -21,8 +21,11 @@ def token_losses(graph: nnx.GraphDef, params: nnx.State, tokens: Array, *, remat
     remat: compute the blocks again in the backward pass, as beyond LOSS_CHUNK tokens the logits always are.
     """
     model = nnx.merge(graph, params)
-    hidden, targets = constrain(model(tokens[:, :-1], remat=remat), "batch", None, None), tokens[:, 1:]
+    targets = tokens[:, 1:]
     rows, length = targets.shape
+    # The last token predicts nothing. In long rows it is computed all the same: see `score`.
+    seen = tokens if length > LOSS_CHUNK else tokens[:, :-1]
+    hidden = constrain(model(seen, remat=remat), "batch", None, None)[:, :length]
 
     def part(args: tuple[Array, Array]) -> Array:
         logits = constrain(model.logits(args[0]), "batch", None, "vocab")

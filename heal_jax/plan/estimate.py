@@ -1,0 +1,127 @@
+"""Compile a run's programs for a slice; what each needs of a chip, and the least time it can take there.
+
+Time is a roofline (Williams et al., 2009): the largest of FLOPs over peak, bytes over HBM bandwidth and collectives
+over link bandwidth, as if each overlapped the others perfectly. A real run is slower; by how much only a run can tell.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from heal_jax.plan import backend
+from heal_jax.plan.cost import Compiled, Cost
+from heal_jax.plan.programs import Program
+from heal_jax.plan.topology import Chip, Topology
+
+TOLERANCE = 0.1  # between FLOPs counted in the compiled program and by formula, before it is said
+
+
+@dataclasses.dataclass(frozen=True)
+class Roof:
+    """Seconds, and which roof they are: compute, memory or links."""
+
+    seconds: float
+    name: str
+
+
+def roof(cost: Cost, chip: Chip) -> Roof:
+    """The least time of a chip for this work."""
+    times = {
+        "compute": cost.flops / chip.flops,
+        "memory": cost.bytes / chip.hbm_bandwidth,
+        "links": cost.wire / chip.link,
+    }
+    name = max(times, key=lambda key: times[key])
+    return Roof(times[name], name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes a chip: weights (of the program's model, float32 masters in training), optimizer, resident (other models'
+    weights), cache, temporary (all else that the program holds at its peak, its code included)."""
+
+    weights: float
+    optimizer: float
+    resident: float
+    cache: float
+    temporary: float
+
+    @property
+    def total(self) -> float:
+        return sum(dataclasses.astuple(self))
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """One program on one slice. `once` is the work of a call outside the decode loop, `step` that of one decode step;
+    None, as `memory`, where the compiler refused the program as too large: then it needs `needs` bytes a chip."""
+
+    program: Program
+    usable: float
+    memory: Memory | None
+    needs: float
+    once: Cost | None
+    step: Cost | None
+    chip: Chip
+    chips: int
+
+    @property
+    def fits(self) -> bool:
+        return self.memory is not None and self.needs <= self.usable
+
+    @property
+    def seconds(self) -> float:
+        """Of one call."""
+        if self.once is None or self.step is None:
+            return math.nan
+        return roof(self.once, self.chip).seconds + self.program.steps * roof(self.step, self.chip).seconds
+
+    @property
+    def chip_hours(self) -> float:
+        """Of all calls of the run."""
+        return self.seconds * self.program.calls * self.chips / 3600
+
+    @property
+    def warnings(self) -> list[str]:
+        """What makes the figures doubtful."""
+        if self.once is None or self.step is None:
+            return []
+        said = [
+            f"{n:.0f} calls of {target} are not counted" for target, n in self.once.plus(self.step).uncounted.items()
+        ]
+        total = self.once.plus(self.step, self.program.steps).flops * self.chips
+        once, step = self.program.analytic()
+        formula = once + self.program.steps * step
+        if abs(total / formula - 1) > TOLERANCE:
+            said.append(f"{total:.3g} FLOPs compiled over all chips, {formula:.3g} by formula ({total / formula:.2f}x)")
+        return said
+
+
+def estimate(program: Program, mesh: Mesh, topology: Topology) -> Estimate:
+    """Compile and read. A program that does not fit is an estimate, any other refusal an error."""
+    usable, chip = backend.usable_hbm(topology), topology.chip
+    try:
+        compiled = program.lower(mesh).compile()
+    except jax.errors.JaxRuntimeError as error:
+        found = backend.needed(error)
+        if found is None:
+            raise
+        needs = found[0] + program.memory(mesh)["resident"]
+        return Estimate(program, usable, None, needs, None, None, chip, topology.chips)
+    return read(program, compiled, mesh, usable, topology)
+
+
+def read(program: Program, compiled: Any, mesh: Mesh, usable: float, topology: Topology) -> Estimate:
+    """The figures of a compiled program."""
+    parsed = Compiled(compiled.as_text(), program.slots)
+    parts, used = program.memory(mesh), compiled.memory_analysis()
+    peak = used.peak_memory_in_bytes + used.generated_code_size_in_bytes
+    cache = parsed.cache
+    known = parts["weights"] + parts["optimizer"] + cache
+    memory = Memory(**parts, cache=cache, temporary=peak - known)
+    once = parsed.cost(0)
+    step = parsed.cost(1).plus(once, -1)
+    return Estimate(program, usable, memory, memory.total, once, step, topology.chip, topology.chips)

@@ -1,0 +1,48 @@
+"""FLOPs of matrix products by formula: what a decoder needs, whatever the compiler makes of it.
+
+2 a multiply-add. Attention counts every query with every slot, as it is computed (the mask comes after), and queries in
+whole blocks.
+"""
+
+from heal_jax.model.attention import QUERY_BLOCK
+from heal_jax.model.config import DecoderConfig
+
+
+def linear(config: DecoderConfig, layer: int) -> float:
+    """FLOPs a token of one layer's projections, and of its MLP or the experts it is routed to."""
+    c = config
+    wide = 2 * (c.num_heads + c.num_kv_heads) * c.head_dim  # q and o, k and v
+    if c.has_experts(layer):
+        wide += c.experts + 3 * c.experts_per_token * c.expert_size
+    else:
+        wide += 3 * c.intermediate_size
+    return 2.0 * c.hidden_size * wide
+
+
+def attention(config: DecoderConfig, queries: int, slots: int) -> float:
+    """FLOPs of one layer's scores and weighted sums."""
+    if queries > QUERY_BLOCK:
+        queries += -queries % QUERY_BLOCK
+    return 4.0 * config.num_heads * config.head_dim * queries * slots
+
+
+def head(config: DecoderConfig) -> float:
+    """FLOPs of the logits of one token."""
+    return 2.0 * config.hidden_size * config.vocab_size
+
+
+def blocks(config: DecoderConfig, tokens: int, slots: int) -> float:
+    """FLOPs of all layers for a row of `tokens` that attend to `slots`."""
+    products = tokens * sum(linear(config, layer) for layer in range(config.num_layers))
+    return products + config.num_layers * attention(config, tokens, slots)
+
+
+def training(config: DecoderConfig, tokens: int, remat: bool) -> float:
+    """FLOPs of an update on a row: forward, twice that backward, and forward again where that is rematerialised.
+
+    Logits and the blocks of queries of long rows always are; with `remat` so is all else, and those scores once more.
+    """
+    products = tokens * sum(linear(config, layer) for layer in range(config.num_layers))
+    scores = config.num_layers * attention(config, tokens, tokens)
+    long = tokens > QUERY_BLOCK
+    return (3 + remat) * products + (3 + remat + long) * scores + (3 + long) * tokens * head(config)

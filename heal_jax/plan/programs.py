@@ -1,0 +1,268 @@
+"""The programs of a run, as `heal run` compiles them, with nothing allocated: the same functions, the same shapes.
+
+Three functions cover the run: `roll_out` (sample, hindsight, repair, evaluate), `score` (PURE) and `train_step` (one
+program for the three stages of both students: rows are as long as the longest example of all).
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from heal_jax.config import Config, ModelSpec
+from heal_jax.model.config import DecoderConfig, decoder_config
+from heal_jax.model.decoder import Model, abstract
+from heal_jax.model.lm import resolve
+from heal_jax.model.mesh import sharding, using, whole_rows
+from heal_jax.model.weights import shardings
+from heal_jax.plan import flops
+from heal_jax.plan.workload import Workload
+from heal_jax.rollout.decode import roll_out, score
+from heal_jax.rollout.generate import Group, batch_arrays
+from heal_jax.rollout.sampling import Rule, rules
+from heal_jax.shapes import (
+    Shape,
+    bucket,
+    evaluate_shape,
+    hindsight_shape,
+    repair_shape,
+    sample_shape,
+    score_width,
+)
+from heal_jax.train.loop import abstract_state, optimizer
+from heal_jax.train.step import train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """A model of which only the sizes matter. `name`: teacher or student."""
+
+    name: str
+    config: DecoderConfig
+    dtype: str
+
+    @functools.cache  # noqa: B019 (few, and small)
+    def on(self, mesh: Mesh) -> Model:
+        """Abstract parameters, placed as `load` places them."""
+        graph, shapes = abstract(self.config, jnp.dtype(self.dtype))
+        places = shardings(Model(graph, shapes, self.config), mesh)
+        params = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places)
+        return Model(graph, params, self.config)
+
+    def with_layers(self, layers: int) -> "Weights":
+        """The same with the first `layers` layers alone."""
+        c = self.config
+        dense = tuple(layer for layer in c.dense_layers if layer < layers)
+        fewer = dataclasses.replace(c, num_layers=layers, sliding=c.sliding[:layers], dense_layers=dense)
+        return dataclasses.replace(self, config=fewer)
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A compiled function of the run. stages: that call it; model: whose weights it works with; resident: models whose
+    weights are in memory besides; steps: decode steps a call (0: no decode loop); slots: of its cache.
+    """
+
+    stages: tuple[str, ...]
+    model: Weights
+    resident: tuple[Weights, ...]
+    calls: float
+    steps: int = 0
+    slots: int = 0
+
+    @property
+    def name(self) -> str:
+        return ", ".join(self.stages)
+
+    @property
+    def shape(self) -> str:
+        """In words."""
+        raise NotImplementedError
+
+    def lower(self, mesh: Mesh) -> Any:
+        """As `heal run` would call it, for this mesh."""
+        raise NotImplementedError
+
+    def analytic(self) -> tuple[float, float]:
+        """FLOPs of matrix products by formula, all chips together: once a call, and each decode step."""
+        raise NotImplementedError
+
+    def memory(self, mesh: Mesh) -> dict[str, float]:
+        """Bytes a chip of the weights, the optimizer's state, and other models' weights."""
+        resident = sum(per_chip(model.on(mesh).params) for model in self.resident)
+        return {"weights": per_chip(self.model.on(mesh).params), "optimizer": 0.0, "resident": resident}
+
+
+@dataclasses.dataclass(frozen=True)
+class RollOut(Program):
+    batch: Shape = dataclasses.field(kw_only=True)
+    drawn: tuple[Rule, ...] = dataclasses.field(kw_only=True)
+
+    @property
+    def shape(self) -> str:
+        b = self.batch
+        hint = f" + {b.hint_length}" if b.hint_length else ""
+        return f"{b.contexts} x {b.repeats} rows, {b.context_length}{hint} + {b.max_new} tokens"
+
+    def lower(self, mesh: Mesh) -> Any:
+        model = self.model.on(mesh)
+        contexts, rows = batch_arrays([Group((0,), (0,), (), 1)], self.batch)
+        arrays = *_placed(mesh, contexts, "context"), *_placed(mesh, rows)
+        eos = _placed(mesh, jax.ShapeDtypeStruct((1,), jnp.int32), None)
+        with using(mesh):
+            return roll_out.lower(
+                model.graph,
+                model.params,
+                *arrays,
+                eos,
+                rules=self.drawn,
+                repeats=self.batch.repeats,
+                max_new=bucket(self.batch.max_new),
+                slots=self.slots,
+            )
+
+    def analytic(self) -> tuple[float, float]:
+        b, config = self.batch, self.model.config
+        once = b.contexts * flops.head(config)
+        for width in (b.context_length, b.hint_length):
+            once += b.contexts * flops.blocks(config, width, self.slots)
+        rows = b.contexts * b.repeats
+        return once, rows * (flops.blocks(config, 1, self.slots) + flops.head(config))
+
+
+@dataclasses.dataclass(frozen=True)
+class Score(Program):
+    rows: int = dataclasses.field(kw_only=True)
+    width: int = dataclasses.field(kw_only=True)
+
+    @property
+    def shape(self) -> str:
+        return f"{self.rows} rows, {self.width} tokens"
+
+    def lower(self, mesh: Mesh) -> Any:
+        model = self.model.on(mesh)
+        tokens = _placed(mesh, jax.ShapeDtypeStruct((self.rows, self.width), jnp.int32))
+        with using(mesh):
+            return score.lower(model.graph, model.params, tokens)
+
+    def analytic(self) -> tuple[float, float]:
+        config, tokens = self.model.config, self.width
+        return self.rows * (flops.blocks(config, tokens, tokens) + tokens * flops.head(config)), 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Train(Program):
+    rows: int = dataclasses.field(kw_only=True)
+    width: int = dataclasses.field(kw_only=True)
+    config: Config = dataclasses.field(kw_only=True)
+
+    @property
+    def shape(self) -> str:
+        return f"{self.rows} rows, {self.width} tokens"
+
+    def _state(self, mesh: Mesh) -> dict[str, Any]:
+        transform = optimizer(self.config.train, self.config.train.steps)
+        return abstract_state(self.model.on(mesh), transform, mesh)
+
+    def lower(self, mesh: Mesh) -> Any:
+        model, state = self.model.on(mesh), self._state(mesh)
+        transform = optimizer(self.config.train, self.config.train.steps)
+        batch = [jax.ShapeDtypeStruct((self.rows, self.width), kind) for kind in (jnp.int32, jnp.bool_)]
+        pinned = tuple(leaf.sharding for leaf in jax.tree.leaves((state["params"], state["opt_state"])))
+        dtype = jnp.dtype(self.model.dtype)
+        arguments = model.graph, transform, state["params"], state["opt_state"], *_placed(mesh, batch)
+        with using(mesh):
+            return train_step.lower(*arguments, dtype, pinned, self.config.train.remat)
+
+    def analytic(self) -> tuple[float, float]:
+        return self.rows * flops.training(self.model.config, self.width, self.config.train.remat), 0.0
+
+    def memory(self, mesh: Mesh) -> dict[str, float]:
+        state = self._state(mesh)
+        weights, moments = per_chip(state["params"]), per_chip(state["opt_state"])
+        return {**super().memory(mesh), "weights": weights, "optimizer": moments}
+
+
+def per_chip(tree: Any) -> float:
+    """Bytes that one chip holds of abstract arrays with shardings."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _placed(mesh: Mesh, tree: Any, axis: str | None = "batch") -> Any:
+    """Abstract arrays, placed as `put_batch` places real ones."""
+
+    def place(x: Any) -> jax.ShapeDtypeStruct:
+        where = sharding(mesh, (axis,) + (None,) * (x.ndim - 1), x.shape)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+    return jax.tree.map(place, tree)
+
+
+def folders(config: Config) -> dict[str, Path]:
+    """The model folders, of which planning needs config.json alone. Raises InputError where there is none."""
+    return {"teacher": resolve(config.teacher), "student": resolve(config.student)}
+
+
+def programs(config: Config, work: Workload, mesh: Mesh) -> list[Program]:
+    """Every program of the run, equal ones once, in the order of the stages."""
+
+    def weights(name: str, spec: ModelSpec) -> Weights:
+        return Weights(name, decoder_config(folders(config)[name]), spec.dtype)
+
+    teacher, student = weights("teacher", config.teacher), weights("student", config.student)
+    found: list[Program] = []
+    for program in _all(config, work, mesh, teacher, student):
+        same = [i for i, other in enumerate(found) if _same(program, other)]
+        if same:
+            other = found[same[0]]
+            stages, resident = other.stages + program.stages, other.resident or program.resident
+            calls = other.calls + program.calls
+            found[same[0]] = dataclasses.replace(other, stages=stages, calls=calls, resident=resident)
+        else:
+            found.append(program)
+    return found
+
+
+def _same(a: Program, b: Program) -> bool:
+    """Whether two calls run the same compiled program."""
+
+    def key(program: Program) -> Program:
+        model = dataclasses.replace(program.model, name="")
+        return dataclasses.replace(program, stages=(), resident=(), calls=0, model=model)
+
+    return type(a) is type(b) and key(a) == key(b)
+
+
+def _all(config: Config, work: Workload, mesh: Mesh, teacher: Weights, student: Weights) -> Iterator[Program]:
+    def rolled(stage: str, model: Weights, shape: Shape, units: float, *resident: Weights, calls: int = 1) -> RollOut:
+        batches = calls * math.ceil(units / shape.contexts)
+        spec = config.sample
+        if stage.startswith("evaluate"):
+            spec = dataclasses.replace(spec, temperature=config.evaluate.temperature)
+        return RollOut(
+            (stage,), model, resident, batches, work.decode_steps, shape.slots, batch=shape, drawn=rules(spec)
+        )
+
+    hard, paths = work.problems * work.hard, work.problems * work.unsolved * config.gear.paths
+    yield rolled("sample", teacher, sample_shape(config, work.prompt), work.problems)
+    hindsight = rolled("hindsight", teacher, hindsight_shape(config, work.shown), hard)
+    yield hindsight
+    repair = rolled("repair", teacher, repair_shape(config, work.prompt, work.kept, work.hint), paths)
+    yield repair
+    # Every aided rollout, batch by batch of the stage that made it: at most so many, since only the correct are scored.
+    rows = whole_rows(mesh, config.pure.batch)
+    calls = sum(p.calls * math.ceil(p.batch.contexts * p.batch.repeats / rows) for p in (hindsight, repair))
+    yield Score(("score",), teacher, (), calls, rows=rows, width=score_width(config, work.prompt))
+    width = bucket(config.train.max_tokens)
+    updates = 2 * config.train.steps  # HEAL and the baseline
+    yield Train(("train",), student, (student,), updates, rows=config.train.batch, width=width, config=config)
+    # Other models' weights that are in memory then: the student as it was, from before its training on.
+    for model, calls in ((teacher, 1), (student, 3)):
+        shape = evaluate_shape(config, work.held_out_prompts[model.name])
+        yield rolled(f"evaluate {model.name}", model, shape, work.held_out, student, calls=calls)

@@ -1,0 +1,459 @@
+"""`heal plan`: what is counted against counts by hand, what is read against what XLA reports, the search against
+brute force, and the paper's configuration on real topologies."""
+
+import dataclasses
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from heal_jax import cli, collect
+from heal_jax import evaluate as evaluation
+from heal_jax.config import load
+from heal_jax.errors import InputError
+from heal_jax.model.mesh import make_mesh
+from heal_jax.plan import backend, flops, search
+from heal_jax.plan.assumptions import Assumptions
+from heal_jax.plan.cost import Compiled, Cost
+from heal_jax.plan.estimate import Estimate, Memory, estimate, read, roof
+from heal_jax.plan.programs import folders, per_chip, programs
+from heal_jax.plan.slices import models
+from heal_jax.plan.topology import CHIPS, SLICES, Topology
+from heal_jax.plan.workload import workload
+from heal_jax.progress import Progress
+from heal_jax.run import open_run
+
+ROOT = Path(__file__).parents[1]
+TINY = ROOT / "configs" / "tiny.yaml"
+os.environ.update({k: v for k, v in backend.environment([Topology("v5e:2x2")]).items() if k != "XLA_FLAGS"})
+
+# D hidden, F intermediate, H heads, K key-value heads, E head dimension, V vocabulary of the models made here.
+D, F, H, K, E, V = 256, 512, 8, 4, 64, 1024
+
+
+def on_slice(config, name="v5e:2x2"):
+    """The programs of a config's run and the mesh for a slice."""
+    topology = Topology(name)
+    mesh = make_mesh(dataclasses.asdict(config.mesh), backend.devices(topology))
+    return programs(config, workload(config, folders(config), Assumptions()), mesh), mesh, topology
+
+
+def named(found, stage):
+    return next(p for p in found if stage in p.stages)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A config whose models have one layer, in bfloat16, over data 2 and tensor 2."""
+    folder = tmp_path_factory.mktemp("model")
+    sizes = {"hidden_size": D, "intermediate_size": F, "num_hidden_layers": 1, "num_attention_heads": H}
+    sizes |= {"num_key_value_heads": K, "head_dim": E, "vocab_size": V, "tie_word_embeddings": False}
+    (folder / "config.json").write_text(json.dumps({"model_type": "qwen3", **sizes}))
+    text = f"""
+teacher: {{path: {folder}, dtype: bfloat16}}
+student: {{path: {folder}, dtype: bfloat16}}
+mesh: {{data: 2, tensor: 2}}
+problems: {{source: "jsonl:nowhere.jsonl"}}
+evaluate: {{problems: {{source: "jsonl:nowhere.jsonl"}}}}
+sample: {{n: 8, batch: 32, max_new_tokens: 64}}
+hindsight: {{n: 4}}
+gear: {{repairs: 8}}
+pure: {{batch: 8}}
+train: {{max_tokens: 256}}
+"""
+    (folder / "plan.yaml").write_text(text)
+    return load(folder / "plan.yaml")
+
+
+def compiled_text(fn, *shapes, devices):
+    """HLO of a function of bfloat16 arrays (and int32 scalars for shape ())."""
+    mesh = jax.sharding.Mesh(np.array(devices), ("x",), axis_types=(AxisType.Auto,))
+    whole = NamedSharding(mesh, PartitionSpec())
+    kinds = [jax.ShapeDtypeStruct(s, jnp.bfloat16 if s else jnp.int32, sharding=whole) for s in shapes]
+    return jax.jit(fn).lower(*kinds).compile().as_text()
+
+
+@pytest.mark.parametrize("where", ["cpu", "tpu"])
+def test_loops_count_as_often_as_they_run(where):
+    def fn(x, w, cache, n):
+        x, _ = jax.lax.scan(lambda x, wi: (jnp.tanh(x @ wi), None), x, w)  # 7 times
+
+        def step(carry):  # as often as the data say
+            i, x, cache = carry
+            rows = jax.lax.map(lambda row: jnp.tanh(row @ w[0]), x.reshape(4, 16, 256))  # 4 times
+            return i + 1, rows.reshape(x.shape), cache + x[:1, :1, None, None]
+
+        _, x, cache = jax.lax.while_loop(lambda c: c[0] < n, step, (jnp.int32(0), x, cache))
+        x = jax.lax.fori_loop(0, 6, lambda i, x: x @ w[1], x)
+        return jnp.einsum("bd,cd->bc", x, x), cache
+
+    devices = jax.devices("cpu")[:1] if where == "cpu" else backend.devices(Topology("v5e:1x1"))
+    text = compiled_text(fn, (64, 256), (7, 256, 256), (1, 1, 8, 48), (), devices=devices)
+    program = Compiled(text, slots=48)
+    product = 2 * 64 * 256 * 256
+    for trips in (0, 1, 10):
+        assert program.cost(trips).flops == product * (7 + trips + 6) + 2 * 64 * 64 * 256
+    assert not program.cost(3).uncounted
+    # Without the cache that tells the decode loop, the loop is counted once, and that is said.
+    other = Compiled(text).cost(10)
+    assert other.flops == product * (7 + 1 + 6) + 2 * 64 * 64 * 256 and sum(other.uncounted.values()) == 1
+
+
+def test_batched_products_count_real_elements_only():
+    """The TPU compiler writes them as dilated convolutions."""
+
+    def fn(q, k):
+        return jnp.einsum("bkne,bkes->bkns", q, k)
+
+    text = compiled_text(fn, (6, 2, 16, 64), (6, 2, 64, 384), devices=backend.devices(Topology("v5e:1x1")))
+    assert Compiled(text).cost(0).flops == 2 * 6 * 2 * 16 * 64 * 384
+
+
+def test_collectives_of_a_loop():
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    split = PartitionSpec("x")
+
+    def body(x):  # [16, 128] float32 a device
+        def step(_, x):
+            x = x + jax.lax.psum(x, "x")
+            x = x + jax.lax.ppermute(x, "x", [(i, (i + 1) % 8) for i in range(8)])
+            x = x + jax.lax.psum_scatter(jax.lax.all_gather(x, "x", tiled=True), "x", tiled=True)
+            return x + jax.lax.all_to_all(x, "x", 0, 0, tiled=True)
+
+        return jax.lax.fori_loop(0, 5, step, x)
+
+    fn = jax.shard_map(body, mesh=mesh, in_specs=split, out_specs=split)
+    x = jax.ShapeDtypeStruct((128, 128), jnp.float32, sharding=NamedSharding(mesh, split))
+    cost = Compiled(jax.jit(fn).lower(x).compile().as_text()).cost(0)
+    size = 16 * 128 * 4
+    assert dict(cost.collectives) == dict.fromkeys(cost.collectives, 5) and len(cost.collectives) == 5
+    wanted = {"all-reduce": size, "collective-permute": size, "all-gather": 8 * size, "reduce-scatter": 8 * size}
+    assert dict(cost.payload) == {kind: 5 * n for kind, n in (wanted | {"all-to-all": size}).items()}
+    share = 7 / 8
+    assert cost.wire == pytest.approx(5 * size * (2 * share + 1 + 8 * share + 8 * share + share))
+
+
+def test_bytes_of_a_product_and_of_an_update_in_place():
+    def fn(x, w, cache, i):
+        return x @ w, jax.lax.dynamic_update_slice(cache, x[:1, :128], (i, 0))
+
+    mesh = jax.sharding.Mesh(np.array(jax.devices("cpu")[:1]), ("x",), axis_types=(AxisType.Auto,))
+    kinds = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((64, 256), (256, 512), (4096, 128))]
+    text = jax.jit(fn, donate_argnums=2).lower(*kinds, jax.ShapeDtypeStruct((), jnp.int32)).compile().as_text()
+    cost, product = Compiled(text).cost(0), 4 * (64 * 256 + 256 * 512 + 64 * 512)
+    assert mesh.size == 1 and product <= cost.bytes <= product + 4 * 128 * 8  # not the 2 MB of the cache
+
+
+@given(st.integers(1, 40), st.integers(0, 2048), st.booleans())
+def test_formulas_by_hand(layers, slots, remat):
+    config = dataclasses.replace(models(load(TINY))["teacher"], num_layers=layers)
+    d, e, h, k = config.hidden_size, config.head_dim, config.num_heads, config.num_kv_heads
+    q, kv, o, mlp = 2 * d * h * e, 2 * (2 * d * k * e), 2 * h * e * d, 3 * (2 * d * config.intermediate_size)
+    assert flops.linear(config, 0) == q + kv + o + mlp
+    scores, mixed = 2 * h * e * slots, 2 * h * slots * e
+    assert flops.blocks(config, 1, slots) == layers * (q + kv + o + mlp + scores + mixed)
+    forward = flops.blocks(config, 300, 300) + 300 * 2 * d * config.vocab_size
+    blocks = flops.blocks(config, 300, 300)
+    assert flops.training(config, 300, remat) == 3 * forward + (blocks if remat else 0)
+
+
+def test_one_layer_against_the_real_compiler(small):
+    """Each kind of program for four TPU chips: FLOPs by hand, memory as XLA reports it."""
+    found, mesh, topology = on_slice(small)
+    layer = 2 * D * (2 * H * E + 2 * K * E + 3 * F)
+    for stage, rows, tokens in (("sample", 32, 1), ("score", 8, 576), ("train", 8, 256)):
+        program = named(found, stage)
+        compiled = program.lower(mesh).compile()
+        estimated = read(program, compiled, mesh, backend.usable_hbm(topology), topology)
+        once, step, memory = estimated.once, estimated.step, estimated.memory
+        if stage == "sample":
+            slots = 512 + 64
+            assert program.slots == slots
+            by_hand = rows * (layer + 4 * H * E * slots + 2 * D * V)
+            assert step.flops * 4 == by_hand == program.analytic()[1]
+            assert memory.cache == 2 * rows * slots * K * E * 2 / 4
+            prefill = 4 * 512 * (layer + 4 * H * E * slots)  # 4 contexts
+            assert once.flops * 4 == pytest.approx(prefill, rel=0.02)
+        else:
+            queries = -(-tokens // 512) * 512 if tokens > 512 else tokens
+            forward = rows * (tokens * (layer + 2 * D * V) + 4 * H * E * queries * tokens)
+            by_hand = forward * (3 if stage == "train" else 1)
+            assert once.flops * 4 == pytest.approx(by_hand, rel=0.05) and step.flops == 0
+            assert program.analytic() == (by_hand, 0)
+        assert not estimated.warnings and estimated.fits
+
+        reported = compiled.memory_analysis()
+        used = reported.argument_size_in_bytes + reported.output_size_in_bytes - reported.alias_size_in_bytes
+        used += reported.temp_size_in_bytes + reported.generated_code_size_in_bytes
+        assert memory.total - memory.resident == pytest.approx(used, rel=0.02)
+        kernels = D * (2 * H * E + 2 * K * E + 3 * F) + 2 * V * D  # split in two
+        norms = 3 * D + 2 * E  # whole
+        width = 4 if stage == "train" else 2
+        assert memory.weights == width * (kernels / 2 + norms)
+        assert memory.optimizer == (2 * memory.weights + 2 * 4 if stage == "train" else 0)
+        arguments = memory.weights + memory.optimizer
+        assert arguments <= reported.argument_size_in_bytes <= 1.05 * arguments + 2**20
+        assert memory.resident == (2 * (kernels / 2 + norms) if stage == "train" else 0)
+
+
+def test_weights_are_all_parameters(small):
+    whole = jax.make_mesh((1,) * 4, ("data", "fsdp", "tensor", "expert"), devices=jax.devices()[:1])
+    for program in programs(small, workload(small, folders(small), Assumptions()), whole):
+        params = program.model.on(whole).params
+        assert per_chip(params) == sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
+
+
+def test_roofline():
+    chip = CHIPS["v5e"]
+    assert (
+        roof(Cost(flops=197e12), chip).seconds == 1
+        and roof(Cost(flops=197e12, bytes=819e9 / 2), chip).name == "compute"
+    )
+    assert roof(Cost(bytes=819e9, wire=1), chip).name == "memory" and roof(Cost(wire=100e9), chip).seconds == 1
+
+
+def test_too_large_is_an_answer(small):
+    config = dataclasses.replace(small, sample=dataclasses.replace(small.sample, max_new_tokens=2**22))
+    found, mesh, topology = on_slice(config)
+    refused = estimate(named(found, "sample"), mesh, topology)
+    cache = 2 * 32 * 2**22 * K * E * 2 / 4
+    assert not refused.fits and refused.memory is None and refused.needs > cache > refused.usable
+    assert np.isnan(refused.chip_hours)
+
+
+def test_stages_and_plan_have_the_same_shapes(monkeypatch, tmp_path):
+    """What the stages of a real run give `generate`, without running it."""
+    config, seen = load(TINY), []
+
+    class Stop(Exception):
+        pass
+
+    def record(lm, groups, shape, rules):
+        seen.append(shape)
+        raise Stop
+
+    monkeypatch.setattr(collect, "generate", record)
+    monkeypatch.setattr(evaluation, "generate", record)
+    with open_run(config, tmp_path / "run", Progress(quiet=True)) as run:
+        for stage in (collect.sample, partial(evaluation.evaluate_one, name="teacher")):
+            with pytest.raises(Stop):
+                stage(run)
+        mesh = run.mesh
+    planned = programs(config, workload(config, folders(config), Assumptions()), mesh)
+    assert seen == [named(planned, "sample").batch, named(planned, "evaluate teacher").batch]
+
+
+def test_equal_programs_are_planned_once(small):
+    alike = dataclasses.replace(small, evaluate=dataclasses.replace(small.evaluate, samples=8))
+    found, _, _ = on_slice(alike)
+    merged = named(found, "sample")
+    assert merged.stages == ("sample", "evaluate teacher", "evaluate student")  # teacher and student have one config
+    assert merged.calls == 1000 / 4 + 4 * 500 / 4 and merged.resident
+
+
+def test_a_pattern_of_layers_is_kept_whole():
+    qwen = models(load(TINY))["teacher"]
+    assert search.depths(qwen) == (2, 4)
+    gemma = dataclasses.replace(qwen, num_layers=26, window=64, sliding=(([True] * 5 + [False]) * 5)[:26])
+    assert search.depths(gemma) == (6, 12)
+
+
+def test_extrapolated_equals_whole(small, monkeypatch):
+    found, mesh, topology = on_slice(small)
+    program = named(found, "sample")
+    deep = dataclasses.replace(program.model, config=dataclasses.replace(program.model.config, num_layers=10))
+    program = dataclasses.replace(program, model=deep)
+    guess, whole = search.extrapolated(program, mesh, topology), estimate(program, mesh, topology)
+    assert guess.step.flops == whole.step.flops and guess.once.flops == pytest.approx(whole.once.flops, rel=0.01)
+    assert guess.memory.weights == whole.memory.weights and guess.memory.cache == whole.memory.cache
+    assert guess.needs == pytest.approx(whole.needs, rel=0.2)
+
+
+@settings(max_examples=6)
+@given(st.integers(0, 2**32 - 1))
+def test_search_finds_what_brute_force_finds(small, seed):
+    """Programs that take some factor longer than their bound, and need some factor more than they hold."""
+    topology, asked = Topology("v5e:2x4"), []
+
+    def measure(program, mesh):
+        draw = random.Random(f"{seed} {program.name} {program.shape} {tuple(mesh.shape.values())}")
+        slower, larger = draw.uniform(1, 4), draw.choice([1, 1, 1, 3e3])
+        once, step = (x / topology.chips * slower for x in program.analytic())
+        held = program.memory(mesh)
+        memory = Memory(**held, cache=search._cache(program, mesh), temporary=0)
+        read_bytes = (memory.weights + memory.cache) * slower
+        needs, usable = memory.total * larger, 16e9
+        asked.append((program, mesh))
+        costs = Cost(flops=once), Cost(flops=step, bytes=read_bytes)
+        return Estimate(program, usable, memory, needs, *costs, topology.chip, topology.chips)
+
+    work = workload(small, folders(small), Assumptions())
+    costs = {}
+    for c in search.candidates(small, topology, work):
+        every = [dataclasses.replace(measure(p, c.mesh), program=p) for p in c.programs]
+        if all(e.fits for e in every):
+            costs[tuple(c.mesh.shape.values()), c.config.sample.batch] = sum(e.chip_hours for e in every)
+    tried = len(asked)
+    original = search.estimate
+    search.estimate = lambda program, mesh, topology: measure(program, mesh)
+    try:
+        best = search.search(small, topology, Assumptions(), 0.0, lambda line: None, measure)
+        assert best.fits and best.chip_hours == pytest.approx(min(costs.values()))
+        assert costs[tuple(best.mesh.values()), best.batch] == pytest.approx(best.chip_hours)
+    except InputError:
+        assert not costs
+    finally:
+        search.estimate = original
+    assert len(asked) - tried <= tried + len(programs_of(small, topology))
+
+
+def programs_of(config, topology):
+    return next(search.candidates(config, topology, workload(config, folders(config), Assumptions()))).programs
+
+
+@pytest.mark.parametrize("name", ["v9:2x2", "v5e", "v5e:3x5", "v5p:4x8", "v6e:", ""])
+def test_unknown_slices_are_one_line_with_the_known(name, capsys):
+    assert cli.run(["plan", str(TINY), "--topology", name]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and all(f"{chip}: {' '.join(s)}" in said for chip, s in SLICES.items())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "--topology"),
+        (["--topology", "v5e:2x2", "--hard", "1.5"], "--hard"),
+        (["--topology", "v5e:2x2", "--problems", "0"], "--problems"),
+        (["--topology", "v5e:2x2", "--mesh.tensor", "3"], "mesh"),
+        (["--topology", "v5e:2x2", "--price-per-chip-hour", "-1"], "--price-per-chip-hour"),
+        (["--topology", "v5e:2x2", "--teacher.path", "nowhere"], "nowhere"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, says, capsys):
+    assert cli.run(["plan", str(TINY), *arguments]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and says in said
+
+
+def test_two_plans_at_once():
+    """libtpu guards a TPU with a lock file; compiling needs none."""
+    code = (
+        "import os\nfrom heal_jax.plan import backend\nfrom heal_jax.plan.topology import Topology\n"
+        "t = Topology('v6e:2x2')\nos.environ.update(backend.environment([t]))\nprint(backend.usable_hbm(t))\n"
+        "input()\nprint(len(backend.devices(t)))\n"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen([sys.executable, "-c", code], **pipes) for _ in range(2)]
+    lines = [process.stdout.readline() for process in both]  # both have loaded it, and both go on
+    ends = [process.communicate("\n") for process in both]
+    assert [process.returncode for process in both] == [0, 0], ends
+    assert lines[0] == lines[1] and 30e9 < float(lines[0]) < 2**35 and all(out.strip() == "4" for out, _ in ends)
+
+
+@pytest.fixture(scope="module")
+def without_libtpu(tmp_path_factory):
+    """`heal plan` on the tiny configuration where libtpu is not installed: what it prints and writes."""
+    out = tmp_path_factory.mktemp("plan") / "plan.json"
+    code = (
+        "import importlib.util as u\nfind = u.find_spec\n"
+        "u.find_spec = lambda name, *a: None if name == 'libtpu' else find(name, *a)\n"
+        "from heal_jax.cli import main\nmain()\n"
+    )
+    arguments = ["--topology", "v5e:2x2", "--json", str(out), "--price-per-chip-hour", "1e9", "--problems", "100"]
+    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS",) and not k.startswith("TPU_")}
+    command = [sys.executable, "-c", code, "plan", str(TINY), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment | {"COLUMNS": "110"})
+    assert done.returncode == 0, done.stderr
+    return done.stdout, json.loads(out.read_text())
+
+
+def test_without_libtpu(without_libtpu):
+    said, (plan,) = without_libtpu
+    assert "warning: libtpu is not installed" in said and plan["compiler"] == "cpu"
+    assert plan["mesh"] == {"data": 4, "fsdp": 1, "tensor": 1, "expert": 1} and plan["fits"]
+    assert max(map(len, said.splitlines())) <= 200 and "\x1b" not in said
+    stages = [stage for program in plan["programs"] for stage in program["stages"]]
+    assert stages == ["sample", "hindsight", "repair", "score", "train", "evaluate teacher", "evaluate student"]
+
+
+def test_the_whole_run_adds_up(without_libtpu):
+    _, (plan,) = without_libtpu
+    total = 0.0
+    for program in plan["programs"]:
+        seconds = program["once"]["roofline_seconds"]
+        if program["steps"]:
+            assert program["steps"] == 128
+            seconds += program["steps"] * program["step"]["roofline_seconds"]
+        assert program["seconds_a_call"] == pytest.approx(seconds)
+        total += seconds * program["calls"] * 4 / 3600
+    assert plan["chip_hours"] == pytest.approx(total) and plan["cost"] == pytest.approx(total * 1e9)
+    calls = {stage: program["calls"] for program in plan["programs"] for stage in program["stages"]}
+    # 100 problems, batches of 32 rows: 4 problems of 8; half hard, 8 of 4; a quarter unsolved, 2 paths each, 8 of 4.
+    assert (calls["sample"], calls["hindsight"], calls["repair"]) == (25, 7, 7)
+    assert (calls["score"], calls["train"]) == (14, 24)  # a batch of 48 holds what a shard makes; two students
+
+
+@pytest.mark.parametrize("chips", [32, 128])
+def test_the_paper_on_real_topologies(chips):
+    """Qwen3-32B at full depth with 16k-token rollouts: sampling, the program that most of the run consists of; for 32
+    chips PURE's scoring and the student's update as well, these with two layers (whole they take minutes to compile).
+    """
+    config = load(ROOT / "configs" / "paper.yaml")
+    config = dataclasses.replace(
+        config,
+        teacher=dataclasses.replace(config.teacher, path=str(ROOT / config.teacher.path)),
+        student=dataclasses.replace(config.student, path=str(ROOT / config.student.path)),
+    )
+    if chips == 128:  # 16 parts of a batch
+        config = dataclasses.replace(
+            config,
+            sample=dataclasses.replace(config.sample, batch=240),
+            train=dataclasses.replace(config.train, batch=16),
+        )
+    found, mesh, topology = on_slice(config, {32: "v6e:4x8", 128: "v5e:8x16"}[chips])
+    assert mesh.size == chips
+    sample = named(found, "sample")
+    assert sample.model.config.num_layers == 64 and sample.batch.max_new == 16384 and sample.batch.repeats == 30
+    estimated = [estimate(sample, mesh, topology)]
+    if chips == 32:
+        for stage in ("score", "train"):
+            program = named(found, stage)
+            estimated.append(estimate(dataclasses.replace(program, model=program.model.with_layers(2)), mesh, topology))
+    for e in estimated:
+        assert e.fits and not e.warnings, (e.program.name, e.needs / 2**30, e.warnings)
+    # Nothing that should be split is whole on every chip.
+    rows = sample.batch.contexts * sample.batch.repeats
+    assert estimated[0].memory.cache == 2 * 64 * 8 * 128 * 2 * rows * sample.slots / chips
+    assert estimated[0].memory.weights == pytest.approx(65.5e9 / 16, rel=0.01)
+    # A step reads its weights and its cache once or a little more, and sends little.
+    least = estimated[0].memory.weights + estimated[0].memory.cache
+    assert 0.9 * least < estimated[0].step.bytes < 1.5 * least
+    assert roof(estimated[0].step, topology.chip).name == "memory"
+
+
+def test_example_models_have_no_weights(tmp_path, capsys):
+    """`heal run` on them is one line; the sizes are the public ones."""
+    for folder in sorted((ROOT / "configs" / "models").glob("qwen3-*")):
+        config = models(
+            dataclasses.replace(load(TINY), teacher=dataclasses.replace(load(TINY).teacher, path=str(folder)))
+        )["teacher"]
+        mlp, heads = 3 * config.hidden_size * config.intermediate_size, 2 * (config.num_heads + config.num_kv_heads)
+        layers = config.num_layers * (mlp + heads * config.hidden_size * config.head_dim)
+        size = layers + (1 if config.tie_embeddings else 2) * config.hidden_size * config.vocab_size
+        billions = int(re.search(r"(\d+)b$", folder.name)[1])
+        assert size / 1e9 == pytest.approx(billions, rel=0.06)
+        arguments = ["--teacher.path", str(folder), "--student.path", str(folder), "--out", str(tmp_path / "x")]
+        assert cli.run(["run", str(TINY), *arguments]) == 2
+        assert capsys.readouterr().err.count("\n") == 1 and not (tmp_path / "x").exists()
