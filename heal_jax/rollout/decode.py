@@ -170,7 +170,8 @@ def score(graph: nnx.GraphDef, params: nnx.State, tokens: Array, *, chunk: int =
     # Not of tokens[:, :-1]: a TPU is slow with lengths that are no multiple of 8, and its compiler five times slower.
     hidden = constrain(model(tokens), "batch", None, None)[:, :-1]
     rows, length, width = hidden.shape
-    chunk = min(chunk, tokens.shape[1])
+    parts = -(-tokens.shape[1] // chunk)
+    chunk = -(-tokens.shape[1] // parts)  # equal parts: little padding
     pad = -length % chunk
     hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0))).reshape(rows, -1, chunk, width).swapaxes(0, 1)
     targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, pad))).reshape(rows, -1, chunk).swapaxes(0, 1)
