@@ -41,7 +41,7 @@ def roof(cost: Cost, chip: Chip) -> Roof:
 @dataclasses.dataclass(frozen=True)
 class Memory:
     """Bytes a chip: weights (of the program's model, float32 masters in training), optimizer, resident (other models'
-    weights), cache, temporary (all else that the program holds at its peak, its code included)."""
+    weights), cache, temporary (all else that XLA reports: results, scratch, code)."""
 
     weights: float
     optimizer: float
@@ -117,11 +117,11 @@ def estimate(program: Program, mesh: Mesh, topology: Topology) -> Estimate:
 def read(program: Program, compiled: Any, mesh: Mesh, usable: float, topology: Topology) -> Estimate:
     """The figures of a compiled program."""
     parsed = Compiled(compiled.as_text(), program.slots)
-    parts, used = program.memory(mesh), compiled.memory_analysis()
-    peak = used.peak_memory_in_bytes + used.generated_code_size_in_bytes
-    cache = parsed.cache
-    known = parts["weights"] + parts["optimizer"] + cache
-    memory = Memory(**parts, cache=cache, temporary=peak - known)
+    parts, cache, used = program.memory(mesh), parsed.cache, compiled.memory_analysis()
+    # Not peak_memory_in_bytes, which counts on-chip memory in.
+    held = used.argument_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes
+    held += used.temp_size_in_bytes + used.generated_code_size_in_bytes
+    memory = Memory(**parts, cache=cache, temporary=held - parts["weights"] - parts["optimizer"] - cache)
     once = parsed.cost(0)
     step = parsed.cost(1).plus(once, -1)
     return Estimate(program, usable, memory, memory.total, once, step, topology.chip, topology.chips)
