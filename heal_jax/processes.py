@@ -153,7 +153,7 @@ def _end_in_one_line() -> None:
     def aborted(_: int) -> None:
         if not _speaking.acquire(blocking=False):
             time.sleep(2 * LEAVE_SECONDS)  # the main thread is about to exit
-        peer = _PEER_IS_GONE.search(Path(name).read_text(errors="replace"))
+        peer = "distributed service detected" in Path(name).read_text(errors="replace")
         os.write(sys.stderr.fileno(), f"heal: {_GONE if peer else 'the runtime aborted'} (details: {name})\n".encode())
         os._exit(1)
 

@@ -18,6 +18,7 @@ from heal_jax.train.data import read_stage
 
 TIE = 1e-3  # perturbed logits this close may be drawn either way
 CLOSE = 1e-3  # entropies and log-probabilities; logits are within 1e-4
+EIGHT = {"data": 8}
 # Four attention heads and two key-value heads, so that the student can be split over tensor, too.
 SETTINGS = ("--student.path", "builtin:teacher")
 

@@ -45,3 +45,11 @@ def tiny(tmp_path_factory):
     stdout, stderr = process.communicate()
     assert process.returncode == 0, stderr
     return out, stdout, stderr
+
+
+@pytest.fixture(scope="session")
+def on_eight(tmp_path_factory):
+    """A run of configs/tiny.yaml by one process with eight devices, rows split over them."""
+    from compare import EIGHT, finished
+
+    return finished(tmp_path_factory.mktemp("eight") / "out", **EIGHT)

@@ -18,7 +18,7 @@ from heal_jax.model.decoder import initialise
 from heal_jax.model.mesh import AXES, MAY_STAY_WHOLE, RULES, make_mesh, mesh_shape, put_batch, shapes, using
 from heal_jax.model.weights import shardings
 from heal_jax.rollout.decode import roll_out, score
-from heal_jax.train.loop import _abstract_state, _initial_state, optimizer
+from heal_jax.train.loop import _initial_state, abstract_state, optimizer
 from heal_jax.train.step import train_step
 from heal_jax.world import model_folder
 
@@ -87,6 +87,20 @@ def test_heads_are_not_cut():
         require(full(tensor=4), model_sizes(teacher, "teacher"))
 
 
+def test_experts_are_counted_and_an_mlp_only_where_there_is_one():
+    teacher = decoder_config(model_folder("teacher"))
+    mixed = dataclasses.replace(teacher, experts=6, experts_per_token=2, expert_size=10)
+    require(full(expert=3, tensor=2), model_sizes(mixed, "teacher"))
+    with pytest.raises(
+        InputError, match="expert=4 does not divide the teacher's 6 experts; nearest: expert=3 or expert=6"
+    ):
+        require(full(expert=4), model_sizes(mixed, "teacher"))
+    odd = dataclasses.replace(mixed, intermediate_size=7)
+    require(full(tensor=2), model_sizes(odd, "teacher"))  # no layer has it
+    with pytest.raises(InputError, match="intermediate size 7"):
+        require(full(tensor=2), model_sizes(dataclasses.replace(odd, dense_layers=(0,)), "teacher"))
+
+
 def test_batches_are_counted_as_they_are_made():
     # 100 // 30 * 30 = 90 rows, 100 // 10 * 10 = 100, 100 // 20 * 20, 100 // 4 * 4
     config = Config(sample=SampleSpec(batch=100), train=TrainSpec(batch=20))
@@ -126,7 +140,7 @@ def test_no_weight_or_moment_is_whole(placed):
     for array in jax.tree.leaves(model.params):
         assert cut(array) == expected_cut(array, mesh), array.sharding
     transform = optimizer(TrainSpec(steps=4), 4)
-    target = _abstract_state(model, transform, mesh)
+    target = abstract_state(model, transform, mesh)
     state = _initial_state(model, transform, target)
     pinned = tuple(leaf.sharding for leaf in jax.tree.leaves((target["params"], target["opt_state"])))
     tokens = np.random.default_rng(0).integers(3, 300, (8, 32)).astype(np.int32)
@@ -183,7 +197,7 @@ def test_scoring_never_holds_all_rows_of_logits(placed):
     vocab = model.config.vocab_size // mesh.shape["tensor"]
     sizes = {tuple(map(int, dims.split(","))) for dims in re.findall(r"f32\[([\d,]+)\]", text)}
     logits = {s for s in sizes if s[-1] in (vocab, model.config.vocab_size) and len(s) == 3}
-    assert logits == {(local, 64, vocab)}
+    assert logits and all((rows, width) == (local, vocab) for rows, _, width in logits)
 
 
 def test_a_vocabulary_that_does_not_divide_stays_whole_and_is_said():

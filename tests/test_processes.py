@@ -5,52 +5,61 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from compare import COMMAND, SETTINGS, TINY, environment, finished, mesh_arguments, same_run
+from compare import EIGHT, SETTINGS, environment, mesh_arguments, same_run
+from conftest import COMMAND, ENVIRONMENT, TINY
 from safetensors.numpy import load_file
 
+from heal_jax.world import model_folder
+
 LAUNCHER = Path(__file__).parents[1] / "launch" / "local_processes.sh"
-MESH = {"data": 2, "fsdp": 2}  # rows over two processes; with four processes weights too
 PATIENCE = 120  # seconds within which the others have ended; usually 3, and 30 where the runtime waits for heartbeats
 GONE = "heal: another process of this run died or cannot be reached"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled(tmp_path_factory):
+    """What one of these runs compiles the others find: they are many."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ENVIRONMENT, "JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
+        patch.setitem(ENVIRONMENT, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        yield
+
+
 def launch(count: int, out: Path, *more: str) -> subprocess.Popen:
-    """All processes through the launcher; four devices in all."""
-    arguments = [LAUNCHER, count, TINY, out, *SETTINGS, *mesh_arguments(**MESH), *more]
-    return subprocess.Popen(
-        list(map(str, arguments)),
-        env=environment(4 // count),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    """All processes through the launcher; eight devices in all."""
+    arguments = list(map(str, [LAUNCHER, count, TINY, out, *SETTINGS, *mesh_arguments(**EIGHT), *more]))
+    pipe = subprocess.PIPE
+    return subprocess.Popen(arguments, env=environment(8 // count), stdout=pipe, stderr=pipe, text=True)
 
 
 def by_hand(count: int, out: Path) -> list[subprocess.Popen]:
     """Each process on its own, as on several machines."""
+    arguments = [*COMMAND, "run", TINY, "--out", out, *SETTINGS, *mesh_arguments(**EIGHT)]
+    return start(count, free_address(), list(map(str, arguments)))
+
+
+def free_address() -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    arguments = [*COMMAND, "run", TINY, "--out", out, *SETTINGS, *mesh_arguments(**MESH)]
-    started = []
-    for number in range(count):
-        places = {"HEAL_COORDINATOR": address, "HEAL_PROCESSES": str(count), "HEAL_PROCESS_ID": str(number)}
-        started.append(
-            subprocess.Popen(
-                list(map(str, arguments)),
-                env=environment(4 // count, **places),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-    return started
+        return f"127.0.0.1:{probe.getsockname()[1]}"
+
+
+def start(count: int, address: str, arguments: list[str]) -> list[subprocess.Popen]:
+    places = [
+        {"HEAL_COORDINATOR": address, "HEAL_PROCESSES": str(count), "HEAL_PROCESS_ID": str(i)} for i in range(count)
+    ]
+    pipe = subprocess.PIPE
+    return [
+        subprocess.Popen(arguments, env=environment(8 // count, **place), stdout=pipe, stderr=pipe, text=True)
+        for place in places
+    ]
 
 
 def wait_for(condition, processes: list[subprocess.Popen]) -> None:
@@ -76,18 +85,17 @@ def together(count: int, out: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """An uninterrupted run by two processes with two devices each."""
+    """An uninterrupted run by two processes with four devices each."""
     return together(2, tmp_path_factory.mktemp("processes") / "two")
 
 
-def test_any_number_of_processes_gives_the_same_run(two, teacher, tmp_path):
-    one = finished(tmp_path / "one", **MESH)
+def test_any_number_of_processes_gives_the_same_run(on_eight, two, teacher, tmp_path):
     four = together(4, tmp_path / "four")
     for out in (two, four):
-        assert same_run(teacher, one, out) <= 5
-    manifests = [json.loads((out / "manifest.json").read_text()) for out in (one, two, four)]
+        assert same_run(teacher, on_eight, out) <= 5
+    manifests = [json.loads((out / "manifest.json").read_text()) for out in (on_eight, two, four)]
     assert [m["processes"] for m in manifests] == [1, 2, 4]
-    assert [m["device"]["count"] for m in manifests] == [4, 4, 4]
+    assert [m["device"]["count"] for m in manifests] == [8, 8, 8]
 
 
 def content(out: Path) -> dict:
@@ -145,6 +153,54 @@ def children(pid: int) -> list[int]:
     return sorted(map(int, found))
 
 
+SPLIT = """
+import sys
+from pathlib import Path
+import numpy as np
+from heal_jax import processes
+from heal_jax.config import ModelSpec, TrainSpec
+from heal_jax.export import save
+from heal_jax.model.lm import open_model
+from heal_jax.model.mesh import make_mesh
+from heal_jax.train.data import Example
+from heal_jax.train.loop import Phase, train
+
+with processes.job():
+    out, mesh = Path(sys.argv[1]), make_mesh({"fsdp": 4, "tensor": 2})
+    lm = open_model(ModelSpec("builtin:teacher"), mesh)
+    kernel = lm.model.params["blocks"][0]["q"]["kernel"][...]
+    assert processes.count() == 1 or not kernel.is_fully_addressable
+    assert sum(s.data.size for s in kernel.addressable_shards) == kernel.size // processes.count()
+    save(lm, out / "untouched")
+    examples = [Example(f"e{i}", "p", "base", tuple(range(i + 3, i + 40)), 8) for i in range(8)]
+    settings = TrainSpec(steps=6, batch=8)
+    for _ in range(2):  # the second time from its checkpoint
+        model = train(lm.model, [Phase("all", examples, 6)], settings, length=64, pad_id=0, seed=0,
+                      folder=out / "checkpoints", checkpoint_seconds=1e9, mesh=mesh, log=lambda metrics: None)
+        save(lm.with_params(model), out / "trained")
+processes.leave(0)
+"""
+
+
+def test_weights_split_over_processes(tmp_path):
+    """Load, train, checkpoint, restore and export with no process holding a whole matrix."""
+    found = {}
+    for count in (1, 2):
+        out = tmp_path / str(count)
+        running = start(count, free_address(), [sys.executable, "-c", SPLIT, str(out)])
+        for process in running:
+            _, said = process.communicate(timeout=600)
+            assert process.returncode == 0, said
+        found[count] = [load_file(out / name / "model.safetensors") for name in ("untouched", "trained")]
+    source = load_file(model_folder("teacher") / "model.safetensors")
+    for untouched, trained in found.values():
+        assert set(untouched) == set(trained) == set(source)
+        for name, weight in source.items():
+            np.testing.assert_array_equal(untouched[name], weight)
+            np.testing.assert_allclose(trained[name], found[1][1][name], atol=1e-4, err_msg=name)
+        assert not np.array_equal(trained["model.embed_tokens.weight"], source["model.embed_tokens.weight"])
+
+
 @pytest.mark.parametrize(
     "environ, says",
     [
@@ -164,5 +220,8 @@ def test_bad_input_ends_all_alike(tmp_path):
     """Every process says the same, with status 2, and nothing is written."""
     process = launch(2, tmp_path / "out", "--mesh.tensor", "3")
     _, said = process.communicate(timeout=300)
-    assert process.returncode == 2 and "mesh data=2 fsdp=2 tensor=3 needs 12 devices, there are 4; nearest:" in said
+    assert (
+        process.returncode == 2
+        and "mesh data=8 tensor=3 needs 24 devices, there are 8; nearest: data=4 tensor=2" in said
+    )
     assert not (tmp_path / "out").exists()
