@@ -11,6 +11,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from heal_jax.errors import RunError
 from heal_jax.plan import backend
 from heal_jax.plan.cost import Compiled, Cost
 from heal_jax.plan.programs import Program
@@ -102,17 +103,20 @@ class Estimate:
 
 
 def estimate(program: Program, mesh: Mesh, topology: Topology) -> Estimate:
-    """Compile and read. A program that does not fit is an estimate, any other refusal an error."""
+    """Compile and read. A program that does not fit is an estimate; raises RunError for any other refusal."""
     usable, chip = backend.usable_hbm(topology), topology.chip
     try:
-        compiled = program.lower(mesh).compile()
+        return read(program, program.lower(mesh).compile(), mesh, usable, topology)
     except jax.errors.JaxRuntimeError as error:
         found = backend.needed(error)
         if found is None:
-            raise
+            said = " ".join(str(error).split())[:300]
+            raise RunError(
+                f"{topology.name}, {program.name}: the compiler failed ({said}); if libtpu is not the version that jax "
+                "asks for, pip install 'jax[tpu]'"
+            ) from error
         needs = found[0] + program.memory(mesh)["resident"]
         return Estimate(program, usable, None, needs, None, None, chip, topology.chips)
-    return read(program, compiled, mesh, usable, topology)
 
 
 def read(program: Program, compiled: Any, mesh: Mesh, usable: float, topology: Topology) -> Estimate:
