@@ -11,6 +11,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from heal_jax.errors import RunError
 from heal_jax.plan import backend
 from heal_jax.plan.cost import Compiled, Cost
 from heal_jax.plan.programs import Program
@@ -90,7 +91,8 @@ class Estimate:
         if self.once is None or self.step is None:
             return []
         said = [
-            f"{n:.0f} calls of {target} are not counted" for target, n in self.once.plus(self.step).uncounted.items()
+            f"{n:.0f} calls of {target} have FLOPs by formula"
+            for target, n in self.once.plus(self.step).uncounted.items()
         ]
         total = self.once.plus(self.step, self.program.steps).flops * self.chips
         once, step = self.program.analytic()
@@ -101,17 +103,20 @@ class Estimate:
 
 
 def estimate(program: Program, mesh: Mesh, topology: Topology) -> Estimate:
-    """Compile and read. A program that does not fit is an estimate, any other refusal an error."""
+    """Compile and read. A program that does not fit is an estimate; raises RunError for any other refusal."""
     usable, chip = backend.usable_hbm(topology), topology.chip
     try:
-        compiled = program.lower(mesh).compile()
+        return read(program, program.lower(mesh).compile(), mesh, usable, topology)
     except jax.errors.JaxRuntimeError as error:
         found = backend.needed(error)
         if found is None:
-            raise
+            said = " ".join(str(error).split())[:300]
+            raise RunError(
+                f"{topology.name}, {program.name}: the compiler failed ({said}); if libtpu is not the version that jax "
+                "asks for, pip install 'jax[tpu]'"
+            ) from error
         needs = found[0] + program.memory(mesh)["resident"]
         return Estimate(program, usable, None, needs, None, None, chip, topology.chips)
-    return read(program, compiled, mesh, usable, topology)
 
 
 def read(program: Program, compiled: Any, mesh: Mesh, usable: float, topology: Topology) -> Estimate:
@@ -124,4 +129,11 @@ def read(program: Program, compiled: Any, mesh: Mesh, usable: float, topology: T
     memory = Memory(**parts, cache=cache, temporary=held - parts["weights"] - parts["optimizer"] - cache)
     once = parsed.cost(0)
     step = parsed.cost(1).plus(once, -1)
+    # Where kernels hide their FLOPs, or a loop its count, the formula's are the least there can be.
+    once, step = (
+        dataclasses.replace(cost, flops=max(cost.flops, by_formula / topology.chips))
+        if any(cost.uncounted.values())
+        else cost
+        for cost, by_formula in zip((once, step), program.analytic())
+    )
     return Estimate(program, usable, memory, memory.total, once, step, topology.chip, topology.chips)
