@@ -142,8 +142,7 @@ def open_run(
     tokenizers = {name: open_tokenizer(folder) for name, folder in folders.items()}
     _fits(config, tokenizers, [*problems, *held_out])
     _opens_no_thinking(config, tokenizers["teacher"], plain_question(config, problems[0]))
-    for folder in dict.fromkeys(folders.values()):
-        check_weights(folder)
+    processes.agree(lambda: [check_weights(folder) for folder in dict.fromkeys(folders.values())])
     facts = {
         "models": {
             name: {

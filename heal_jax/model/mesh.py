@@ -42,6 +42,8 @@ def mesh_shape(wanted: Mapping[str, int], devices: int) -> dict[str, int]:
 
     Raises InputError where the sizes do not make up the devices, with the nearest that do.
     """
+    if unknown := sorted(set(wanted) - set(AXES)):
+        raise InputError(f"mesh: no axis {', '.join(unknown)}; the axes are {', '.join(AXES)}")
     shape = {axis: wanted.get(axis, 1) for axis in AXES}
     if list(shape.values()).count(-1) > 1 or any(size < 1 and size != -1 for size in shape.values()):
         raise InputError(f"mesh {describe(shape)}: sizes are positive, and at most one is -1 (what is left)")
@@ -91,6 +93,13 @@ def make_mesh(wanted: Mapping[str, int], devices: Sequence[jax.Device] | None = 
     shape = mesh_shape(wanted, jax.device_count() if devices is None else len(devices))
     types = (AxisType.Auto,) * len(AXES)
     return jax.make_mesh(tuple(shape.values()), AXES, axis_types=types, devices=devices)
+
+
+def adopt(mesh: Mesh) -> Mesh:
+    """A mesh made elsewhere, with Auto axes. Raises InputError where its axes are not AXES."""
+    if set(mesh.axis_names) != set(AXES):
+        raise InputError(f"mesh: axes {', '.join(map(str, mesh.axis_names))}; the axes {', '.join(AXES)} are expected")
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def spec(mesh: Mesh | AbstractMesh, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> PartitionSpec:
