@@ -184,7 +184,7 @@ def test_one_layer_against_the_real_compiler(small):
             by_hand = rows * (layer + 4 * H * E * slots + 2 * D * V)
             assert step.flops * 4 == by_hand == program.analytic()[1]
             assert memory.cache == 2 * rows * slots * K * E * 2 / 4
-            prefill = 4 * 512 * (layer + 4 * H * E * slots)  # 4 contexts
+            prefill = 4 * 512 * (layer + 4 * H * E * 512)  # 4 contexts
             assert once.flops * 4 == pytest.approx(prefill, rel=0.02)
         else:
             queries = -(-tokens // 512) * 512 if tokens > 512 else tokens

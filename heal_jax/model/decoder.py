@@ -52,6 +52,14 @@ def repeat_rows(cache: Cache, times: int) -> Cache:
     return jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), cache)
 
 
+def with_slots(cache: Cache, slots: int) -> Cache:
+    """The same tokens with room for more: `slots` in each row."""
+    more = (0, slots - cache.keys[0].shape[3])
+    keys = tuple(jnp.pad(x, ((0, 0), (0, 0), (0, 0), more)) for x in cache.keys)
+    values = tuple(jnp.pad(x, ((0, 0), (0, 0), more, (0, 0))) for x in cache.values)
+    return Cache(keys, values, cache.length)
+
+
 def _write(slots: Array, new: Array, start: Array, axis: int) -> Array:
     """Put new into slots along `axis` (of a row) from start[b] on; what would lie beyond the last slot is dropped.
 

@@ -39,7 +39,9 @@ def devices(topology: Topology) -> list[Any]:
     from jax.experimental import topologies
 
     if has_libtpu():
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology.name).devices)
+        # A single chip is less than a host, which some versions want to be told.
+        host = {"chips_per_host_bounds": (1, 1, 1)} if topology.chips == 1 else {}
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **host).devices)
     return list(jax.devices("cpu")[: topology.chips])
 
 

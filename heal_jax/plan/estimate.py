@@ -11,6 +11,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from heal_jax.errors import RunError
 from heal_jax.plan import backend
 from heal_jax.plan.cost import Compiled, Cost
 from heal_jax.plan.programs import Program
@@ -41,7 +42,7 @@ def roof(cost: Cost, chip: Chip) -> Roof:
 @dataclasses.dataclass(frozen=True)
 class Memory:
     """Bytes a chip: weights (of the program's model, float32 masters in training), optimizer, resident (other models'
-    weights), cache, temporary (all else that the program holds at its peak, its code included)."""
+    weights), cache, temporary (all else that XLA reports: results, scratch, code)."""
 
     weights: float
     optimizer: float
@@ -90,7 +91,8 @@ class Estimate:
         if self.once is None or self.step is None:
             return []
         said = [
-            f"{n:.0f} calls of {target} are not counted" for target, n in self.once.plus(self.step).uncounted.items()
+            f"{n:.0f} calls of {target} have FLOPs by formula"
+            for target, n in self.once.plus(self.step).uncounted.items()
         ]
         total = self.once.plus(self.step, self.program.steps).flops * self.chips
         once, step = self.program.analytic()
@@ -101,27 +103,37 @@ class Estimate:
 
 
 def estimate(program: Program, mesh: Mesh, topology: Topology) -> Estimate:
-    """Compile and read. A program that does not fit is an estimate, any other refusal an error."""
+    """Compile and read. A program that does not fit is an estimate; raises RunError for any other refusal."""
     usable, chip = backend.usable_hbm(topology), topology.chip
     try:
-        compiled = program.lower(mesh).compile()
+        return read(program, program.lower(mesh).compile(), mesh, usable, topology)
     except jax.errors.JaxRuntimeError as error:
         found = backend.needed(error)
         if found is None:
-            raise
+            said = " ".join(str(error).split())[:300]
+            raise RunError(
+                f"{topology.name}, {program.name}: the compiler failed ({said}); if libtpu is not the version that jax "
+                "asks for, pip install 'jax[tpu]'"
+            ) from error
         needs = found[0] + program.memory(mesh)["resident"]
         return Estimate(program, usable, None, needs, None, None, chip, topology.chips)
-    return read(program, compiled, mesh, usable, topology)
 
 
 def read(program: Program, compiled: Any, mesh: Mesh, usable: float, topology: Topology) -> Estimate:
     """The figures of a compiled program."""
     parsed = Compiled(compiled.as_text(), program.slots)
-    parts, used = program.memory(mesh), compiled.memory_analysis()
-    peak = used.peak_memory_in_bytes + used.generated_code_size_in_bytes
-    cache = parsed.cache
-    known = parts["weights"] + parts["optimizer"] + cache
-    memory = Memory(**parts, cache=cache, temporary=peak - known)
+    parts, cache, used = program.memory(mesh), parsed.cache, compiled.memory_analysis()
+    # Not peak_memory_in_bytes, which counts on-chip memory in.
+    held = used.argument_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes
+    held += used.temp_size_in_bytes + used.generated_code_size_in_bytes
+    memory = Memory(**parts, cache=cache, temporary=held - parts["weights"] - parts["optimizer"] - cache)
     once = parsed.cost(0)
     step = parsed.cost(1).plus(once, -1)
+    # Where kernels hide their FLOPs, or a loop its count, the formula's are the least there can be.
+    once, step = (
+        dataclasses.replace(cost, flops=max(cost.flops, by_formula / topology.chips))
+        if any(cost.uncounted.values())
+        else cost
+        for cost, by_formula in zip((once, step), program.analytic())
+    )
     return Estimate(program, usable, memory, memory.total, once, step, topology.chip, topology.chips)

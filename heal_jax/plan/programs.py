@@ -130,8 +130,8 @@ class RollOut(Program):
     def analytic(self) -> tuple[float, float]:
         b, config = self.batch, self.model.config
         once = b.contexts * flops.head(config)
-        for width in (b.context_length, b.hint_length):
-            once += b.contexts * flops.blocks(config, width, self.slots)
+        for tokens in (b.context_length, b.hint_length):
+            once += b.contexts * flops.blocks(config, tokens, b.context_length + b.hint_length)
         rows = b.contexts * b.repeats
         return once, rows * (flops.blocks(config, 1, self.slots) + flops.head(config))
 

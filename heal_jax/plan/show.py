@@ -32,6 +32,7 @@ def show(plan: Slice, console: Console) -> None:
             "warning: libtpu is not installed (pip install 'heal-jax[plan]'): compiled for CPU devices; memory, bytes "
             "and collectives are not the TPU's",
             soft_wrap=True,
+            markup=False,
         )
     console.print(_memory(plan))
     console.print(_work(plan))
@@ -49,7 +50,10 @@ def show(plan: Slice, console: Console) -> None:
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", title_style="", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=i > 0, overflow="fold")
+        wraps = i == 0 or column.startswith("collectives")
+        table.add_column(
+            column, justify="left" if i == 0 else "right", no_wrap=not wraps, min_width=16 if i == 0 else None
+        )
     return table
 
 
@@ -74,7 +78,7 @@ def _memory(plan: Slice) -> Table:
 
 def _work(plan: Slice) -> Table:
     table = _table(
-        "Work of a chip", "program", "unit", "TFLOP", "GB of HBM", "collectives (number, GB)", "time", "roof"
+        "Work of a chip", "program", "unit", "TFLOP", "GB of HBM", "collectives (number, kind, GB)", "time", "roof"
     )
     for e in plan.estimates:
         if e.once is None or e.step is None:
@@ -89,11 +93,11 @@ def _work(plan: Slice) -> Table:
 
 
 def _cost(cost: Cost, e: Estimate) -> list[str]:
-    kinds = sorted((k for k in cost.payload if cost.payload[k] >= 1), key=lambda k: -cost.payload[k])
-    said = ", ".join(f"{SHORT[k]} {cost.collectives[k]:.0f} {_digits(cost.payload[k] / GB)}" for k in kinds[:2])
+    kinds = sorted((k for k in cost.payload if cost.payload[k] >= 1e3), key=lambda k: -cost.payload[k])
+    parts = [(SHORT[k], cost.collectives[k], cost.payload[k]) for k in kinds[:2]]
     if len(kinds) > 2:
-        rest = sum(cost.payload[k] for k in kinds[2:])
-        said += f", others {sum(cost.collectives[k] for k in kinds[2:]):.0f} {_digits(rest / GB)}"
+        parts.append(("other", sum(cost.collectives[k] for k in kinds[2:]), sum(cost.payload[k] for k in kinds[2:])))
+    said = ", ".join(f"{number:.0f} {kind} {size / GB:.2g}" for kind, number, size in parts)
     limit = roof(cost, e.chip)
     return [_digits(cost.flops / 1e12), _digits(cost.bytes / GB), said or "-", _time(limit.seconds), limit.name]
 

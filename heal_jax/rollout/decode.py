@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from heal_jax.model.decoder import Cache, Decoder, empty_cache, repeat_rows
+from heal_jax.model.decoder import Cache, Decoder, empty_cache, repeat_rows, with_slots
 from heal_jax.model.mesh import constrain
 from heal_jax.rollout.sampling import Rule, apply
 
@@ -141,9 +141,10 @@ def roll_out(
     Returns Rollouts with B = A * repeats.
     """
     model = nnx.merge(graph, params)
-    slots = context.shape[1] + hint.shape[1] + max_new if slots is None else slots
-    cache = empty_cache(model.config, context.shape[0], slots, model.embed[...].dtype)
-    cache = placed(cache, "context")
+    width = context.shape[1] + hint.shape[1]
+    # Room for new tokens comes after the contexts are computed: else they would attend to it all, and contexts that the
+    # mesh does not divide would hold it all on every device.
+    cache = placed(empty_cache(model.config, context.shape[0], width, model.embed[...].dtype), "context")
     hidden, cache = model.extend(context, context_length, cache)
     last = _last(constrain(hidden, "context", None, None), context_length)
     if hint.shape[1]:
@@ -151,7 +152,8 @@ def roll_out(
         last = _last(constrain(hidden, "context", None, None), hint_length)
     logits = jnp.repeat(model.logits(last), repeats, axis=0)
     typed = jax.random.wrap_key_data(keys, impl="threefry2x32")
-    return decode(model, repeat_rows(cache, repeats), logits, typed, budget, eos_ids, rules, max_new)
+    cache = with_slots(repeat_rows(cache, repeats), width + max_new if slots is None else slots)
+    return decode(model, cache, logits, typed, budget, eos_ids, rules, max_new)
 
 
 def _last(hidden: Array, count: Array) -> Array:
@@ -170,7 +172,8 @@ def score(graph: nnx.GraphDef, params: nnx.State, tokens: Array, *, chunk: int =
     # Not of tokens[:, :-1]: a TPU is slow with lengths that are no multiple of 8, and its compiler five times slower.
     hidden = constrain(model(tokens), "batch", None, None)[:, :-1]
     rows, length, width = hidden.shape
-    chunk = min(chunk, tokens.shape[1])
+    parts = -(-tokens.shape[1] // chunk)
+    chunk = -(-tokens.shape[1] // parts)  # equal parts: little padding
     pad = -length % chunk
     hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0))).reshape(rows, -1, chunk, width).swapaxes(0, 1)
     targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, pad))).reshape(rows, -1, chunk).swapaxes(0, 1)
