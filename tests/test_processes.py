@@ -222,6 +222,6 @@ def test_bad_input_ends_all_alike(tmp_path):
     _, said = process.communicate(timeout=300)
     assert (
         process.returncode == 2
-        and "mesh data=8 tensor=3 needs 24 devices, there are 8; nearest: data=4 tensor=2" in said
+        and "mesh data=8 tensor=3 needs 24 devices, there are 8; nearest: data=8" in said
     )
     assert not (tmp_path / "out").exists()
