@@ -142,7 +142,8 @@ def open_run(
     tokenizers = {name: open_tokenizer(folder) for name, folder in folders.items()}
     _fits(config, tokenizers, [*problems, *held_out])
     _opens_no_thinking(config, tokenizers["teacher"], plain_question(config, problems[0]))
-    processes.agree(lambda: [check_weights(folder) for folder in dict.fromkeys(folders.values())])
+    for folder in dict.fromkeys(folders.values()):
+        processes.agree(functools.partial(check_weights, folder))
     facts = {
         "models": {
             name: {

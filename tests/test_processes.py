@@ -220,8 +220,5 @@ def test_bad_input_ends_all_alike(tmp_path):
     """Every process says the same, with status 2, and nothing is written."""
     process = launch(2, tmp_path / "out", "--mesh.tensor", "3")
     _, said = process.communicate(timeout=300)
-    assert (
-        process.returncode == 2
-        and "mesh data=8 tensor=3 needs 24 devices, there are 8; nearest: data=8" in said
-    )
+    assert process.returncode == 2 and "mesh data=8 tensor=3 needs 24 devices, there are 8; nearest: data=8" in said
     assert not (tmp_path / "out").exists()

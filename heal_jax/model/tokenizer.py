@@ -5,8 +5,8 @@ import dataclasses
 import datetime
 import functools
 import json
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -122,14 +122,14 @@ class Tokenizer:
             return self._checked(self.hf.encode(question))
         turn = [{"role": "user", "content": question}]
         try:
-            settings = {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
+            settings: dict[str, Any] = {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
             ids = self.hf.apply_chat_template(turn, strftime_now=TODAY.strftime, **settings)
         except Exception as error:  # whatever a template from elsewhere raises
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"{self.folder}: its chat template cannot be applied ({reason}); restore it") from None
         return self._checked(ids)
 
-    def _checked(self, ids: Sequence[int]) -> list[int]:
+    def _checked(self, ids: Any) -> list[int]:
         """The ids. Raises InputError where the model has no such token."""
         if max(ids, default=0) >= self.vocab_size:
             token = self.hf.convert_ids_to_tokens(max(ids))

@@ -145,8 +145,8 @@ def roll_out(
     model = nnx.merge(graph, params)
     width = context.shape[1] + hint.shape[1]
     slots = width + max_new if slots is None else slots
-    # Room for many new tokens comes after the contexts are computed: else they would attend to it all, and contexts that
-    # the mesh does not divide would hold it all on every device. Little room is there from the start: no cache moves.
+    # Room for many new tokens comes after the contexts are computed: else they would attend to it all, and contexts
+    # that the mesh does not divide would hold it on every device. Little room is there from the start: no cache moves.
     first = width + max_new if width + max_new <= MADE_AT_ONCE else width
     cache = placed(empty_cache(model.config, context.shape[0], first, model.embed[...].dtype), "context")
     hidden, cache = model.extend(context, context_length, cache)
