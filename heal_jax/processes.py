@@ -15,7 +15,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -91,8 +90,6 @@ def leave(status: int) -> None:
 
     The process must have said what the error is.
     """
-    for path in _details:
-        path.unlink(missing_ok=True)
     if not jax.distributed.is_initialized():
         return
     if status:
@@ -144,32 +141,31 @@ def fetch(tree: Any) -> Any:
     return jax.device_get(tree) if count() == 1 else multihost_utils.process_allgather(tree, tiled=True)
 
 
-_details: list[Path] = []
-_handlers: list[Any] = []  # C code holds pointers to them
+_kept: list[Any] = []  # what C code holds pointers to
 
 
 def _end_in_one_line() -> None:
     """Where the runtime finds a peer dead it aborts with a stack dump: have that in a file, here a line and status 1.
 
-    From now on Python's stdout and stderr are copies of what they were, and what C++ code writes there goes to a
-    temporary file.
+    From now on Python's stdout and stderr are copies of what they were, and what C++ code writes there is for the file.
     """
-    descriptor, name = tempfile.mkstemp(prefix="heal-", suffix=".log")
-    _details.append(Path(name))
+    notices = tempfile.TemporaryFile()  # noqa: SIM115 (open to the end)
     sys.stdout.flush()
     sys.stderr.flush()
     sys.stdout, sys.stderr = (os.fdopen(os.dup(number), "w", buffering=1) for number in (1, 2))
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    os.close(descriptor)
+    for number in (1, 2):
+        os.dup2(notices.fileno(), number)
 
     @ctypes.CFUNCTYPE(None, ctypes.c_int)
     def aborted(_: int) -> None:
         if not _speaking.acquire(blocking=False):
             time.sleep(2 * LEAVE_SECONDS)  # the main thread is about to exit
-        peer = "distributed service detected" in Path(name).read_text(errors="replace")
-        os.write(sys.stderr.fileno(), f"heal: {_GONE if peer else 'the runtime aborted'} (details: {name})\n".encode())
+        said = os.pread(notices.fileno(), 1 << 20, 0)
+        reason = _GONE if b"distributed service detected" in said else "the runtime aborted"
+        with tempfile.NamedTemporaryFile(prefix="heal-", suffix=".log", delete=False) as file:
+            file.write(said)
+        os.write(sys.stderr.fileno(), f"heal: {reason} (details: {file.name})\n".encode())
         os._exit(1)
 
     ctypes.CDLL(None).signal(signal.SIGABRT, aborted)
-    _handlers.append(aborted)
+    _kept.extend([aborted, notices])

@@ -147,6 +147,28 @@ def test_a_process_that_dies_ends_the_others_and_the_run_goes_on(two, tmp_path):
         np.testing.assert_array_equal(found["weights"][name], weight, err_msg=name)
 
 
+IDLE = """
+import os, signal, time
+from heal_jax import processes
+with processes.job():
+    if processes.primary():
+        time.sleep(1)
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(300)
+"""
+
+
+def test_the_runtime_that_aborts_says_one_line_too(tmp_path, monkeypatch):
+    """Where no collective fails, since none is under way, JAX aborts: its stack dump is in a file."""
+    monkeypatch.setitem(ENVIRONMENT, "TMPDIR", str(tmp_path))
+    first, second = start(2, free_address(), [sys.executable, "-c", IDLE])
+    first.communicate(timeout=PATIENCE)
+    stdout, said = second.communicate(timeout=PATIENCE)
+    assert second.returncode == 1 and not stdout and said.startswith(GONE) and said.count("\n") == 1
+    (details,) = tmp_path.glob("heal-*.log")
+    assert str(details) in said and "Check failure stack trace" in details.read_text()
+
+
 def children(pid: int) -> list[int]:
     """The processes that another one started, in order."""
     found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
