@@ -105,7 +105,7 @@ def test_prompts_do_not_change_overnight(teacher, tmp_path):
     for path in folder.glob("chat_template*"):
         path.unlink()
     settings = json.loads((folder / "tokenizer_config.json").read_text())
-    settings["chat_template"] = "{{ strftime_now('%d %b %Y %S %f') }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    settings["chat_template"] = "{{ strftime_now('%d %b %Y') }}{% for m in messages %}{{ m.content }}{% endfor %}"
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     tokenizer = Tokenizer(folder, teacher.tokenizer.vocab_size)
-    assert tokenizer.text(tokenizer.prompt("1 + 2")) == "26 Jul 2024 00 0000001 + 2"
+    assert tokenizer.text(tokenizer.prompt("1 + 2")) == "26 Jul 20241 + 2"

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import datetime
 import functools
 import json
 from pathlib import Path
@@ -12,9 +11,11 @@ import numpy as np
 
 from heal_jax.errors import InputError
 
-TODAY = datetime.date(
-    2024, 7, 26
-)  # for templates that ask (Llama 3.2's own default): prompts must not change overnight
+# For templates that ask for the date: prompts must not change overnight. Llama 3.2's own default.
+TODAY = (
+    '{%- macro strftime_now(format) -%}{%- if format == "%Y-%m-%d" -%}2024-07-26{%- elif format == "%d %B %Y" -%}'
+    "26 July 2024{%- else -%}26 Jul 2024{%- endif -%}{%- endmacro -%}"
+)
 WHITE_SPACE = " \t\n\r\v\f"  # what makes a step blank; ASCII only, since wider white space may be split over tokens
 LONGEST_CHARACTER = 4  # bytes of UTF-8, so at most as many tokens
 
@@ -108,10 +109,15 @@ class Tokenizer:
         if self.hf.chat_template is not None:
             with contextlib.suppress(Exception):  # a template may know no finished turn: nothing follows one then
                 _, found, rest = str(
-                    self.hf.apply_chat_template(turns, tokenize=False, strftime_now=TODAY.strftime)
+                    self.hf.apply_chat_template(turns, tokenize=False, chat_template=self._template)
                 ).rpartition(said)
                 after = rest if found else ""
         return next((i for i in self.encode(after) if i in self.eos_ids), self.eos_ids[0])
+
+    @property
+    def _template(self) -> str:
+        template = str(self.hf.get_chat_template())
+        return TODAY + template if "strftime_now" in template else template
 
     def prompt(self, question: str) -> list[int]:
         """Ids of a user turn up to where the assistant begins; the bare text where there is no chat template.
@@ -123,7 +129,7 @@ class Tokenizer:
         turn = [{"role": "user", "content": question}]
         try:
             settings: dict[str, Any] = {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
-            ids = self.hf.apply_chat_template(turn, strftime_now=TODAY.strftime, **settings)
+            ids = self.hf.apply_chat_template(turn, chat_template=self._template, **settings)
         except Exception as error:  # whatever a template from elsewhere raises
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"{self.folder}: its chat template cannot be applied ({reason}); restore it") from None
