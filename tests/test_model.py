@@ -257,7 +257,7 @@ def damaged(folder, how):
     elif how == "window":
         raw["sliding_window"] = 4  # which Llama models do not read
     elif how == "scalar copy":
-        tensors |= {k: np.float32(1) for k in ("lm_head.weight", "model.embed_tokens.weight")}
+        tensors |= {k: np.ones((), np.float32) for k in ("lm_head.weight", "model.embed_tokens.weight")}
     elif how == "flat yarn":
         raw["rope_parameters"] = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0,
                                   "original_max_position_embeddings": 0.5}  # fmt: skip
