@@ -104,12 +104,14 @@ def test_experts_are_counted_and_an_mlp_only_where_there_is_one():
 def test_batches_are_counted_as_they_are_made():
     # 100 // 30 * 30 = 90 rows, 100 // 10 * 10 = 100, 100 // 20 * 20, 100 // 4 * 4
     config = Config(sample=SampleSpec(batch=100), train=TrainSpec(batch=20))
-    assert {size.size for size in batch_sizes(config)} == {20, 90, 100}
+    assert {size.size for size in batch_sizes(config) if size.axis == "batch"} == {20, 90, 100}
     with pytest.raises(
         InputError, match="data=4 does not divide the 90 rows of sample.batch at sample.n; nearest: data=5"
     ):
         require(full(data=4), batch_sizes(config))
-    assert not undivided(full(data=5, fsdp=2), batch_sizes(config))
+    # Contexts may be fewer than the devices (3 problems at sample.n = 30); the run says so.
+    require(full(data=5, fsdp=2), batch_sizes(config))
+    assert [s.size for s in undivided(full(data=5, fsdp=2), batch_sizes(config))] == [3, 5, 25]
 
 
 @pytest.fixture(scope="module", params=SHAPES, ids=lambda shape: "-".join(f"{k}{v}" for k, v in shape.items()))
