@@ -32,13 +32,15 @@ def load(
     from heal_jax.errors import InputError
     from heal_jax.model.config import decoder_config
     from heal_jax.model.lm import open_model, resolve
-    from heal_jax.model.mesh import make_mesh
+    from heal_jax.model.mesh import adopt, make_mesh
 
     if dtype not in ("float32", "bfloat16", "float16"):
         raise InputError(f"dtype: {dtype!r} is not one of float32, bfloat16, float16")
     spec = ModelSpec(str(path), dtype)  # type: ignore[arg-type]
     if isinstance(mesh, Mapping):
         mesh = make_mesh(mesh)
+    elif mesh is not None:
+        mesh = adopt(mesh)
     if mesh is not None:
         require(mesh.shape, model_sizes(decoder_config(resolve(spec)), "model"))
     return open_model(spec, mesh)

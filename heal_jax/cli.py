@@ -82,6 +82,9 @@ class PlanArguments:
     assumptions: Annotated[Assumptions, tyro.conf.arg(name="")] = Assumptions()
     search: bool = False
     """Try meshes and values of sample.batch, and plan the cheapest that fits."""
+    fast: bool = False
+    """Compile each program with few layers, twice, and take every figure to grow linearly: minutes for a model of 64
+    layers, which whole takes an hour of two cores."""
     price_per_chip_hour: float = 0.0
     """For the cost of the whole run."""
     json: Path | None = None
@@ -242,7 +245,8 @@ def _plan(argv: list[str]) -> None:
     os.environ.update(environment(topologies))  # before jax, which reads it
     from rich.console import Console
 
-    from heal_jax.plan.search import search
+    from heal_jax.plan.estimate import estimate
+    from heal_jax.plan.search import extrapolated, search
     from heal_jax.plan.show import show
     from heal_jax.plan.slices import plan_slice, to_json
     from heal_jax.progress import Progress
@@ -250,9 +254,9 @@ def _plan(argv: list[str]) -> None:
     done, console = [], Console(highlight=False)
     with Progress() as progress:
         for topology in topologies:
-            planned = search if arguments.search else plan_slice
-            work = arguments.settings, topology, arguments.assumptions, arguments.price_per_chip_hour
-            done.append(planned(*work, progress.say))
+            work = arguments.settings, topology, arguments.assumptions, arguments.price_per_chip_hour, progress.say
+            measure = extrapolated if arguments.fast else estimate
+            done.append(search(*work, last=measure) if arguments.search else plan_slice(*work, measure))
             show(done[-1], console)
     if arguments.json is not None:
         from heal_jax.store import write_text

@@ -48,6 +48,8 @@ def batch_sizes(config: Config) -> list[Size]:
         rows = config.sample.batch // n * n
         what = f"sample.batch {rows}" if rows == config.sample.batch else f"the {rows} rows of sample.batch at {name}"
         sizes.append(Size(what, "batch", rows))
+        contexts = config.sample.batch // n
+        sizes.append(Size(f"the {contexts} contexts of a batch at {name}", "context", contexts))
     return list(dict.fromkeys(sizes))
 
 

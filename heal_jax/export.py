@@ -1,6 +1,7 @@
 """Writing a model as a Hugging Face folder, and the student of a run into export/."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -34,6 +35,12 @@ def export(run: Run) -> None:
     run.directory.finish("export")
 
 
+def _written_here(path: Path) -> bool:
+    """Whether `save` may have written this file."""
+    weights = re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?", path.name)
+    return path.is_file() and (path.name in (*TOKENIZER_FILES, "config.json") or weights is not None)
+
+
 def save(lm: LanguageModel, folder: Path) -> None:
     """Write config.json, safetensors and the source tokenizer's files; a model folder of that name is replaced.
 
@@ -42,9 +49,9 @@ def save(lm: LanguageModel, folder: Path) -> None:
     """
     if not primary():
         return save_weights(lm.model, folder)  # its part in gathering them
-    if folder.exists() and not (folder / "config.json").is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder}: there, and not a model folder, so it is not replaced; give another path")
-    folder = folder.absolute()
+    folder = folder.resolve()
+    if folder.exists() and (not folder.is_dir() or not all(map(_written_here, folder.iterdir()))):
+        raise InputError(f"{folder}: holds other things than a model, so it is not replaced; give another path")
     partial, old = (folder.with_name(f".{folder.name}.{state}") for state in ("partial", "old"))
     for leftover in (partial, old):
         shutil.rmtree(leftover, ignore_errors=True)

@@ -122,6 +122,20 @@ def once(function: Callable[[], Any], by: int = 0) -> Any:
     return json.loads(multihost_utils.broadcast_one_to_all(buffer, mine)[:length].tobytes())
 
 
+def agree(check: Callable[[], object]) -> None:
+    """Run a check in the first process alone; its InputError is raised in all."""
+
+    def said() -> str:
+        try:
+            check()
+        except InputError as error:
+            return str(error)
+        return ""
+
+    if fault := once(said):
+        raise InputError(fault)
+
+
 def fetch(tree: Any) -> Any:
     """Device arrays to NumPy, whole, in every process, wherever their shards lie."""
     return jax.device_get(tree) if count() == 1 else multihost_utils.process_allgather(tree, tiled=True)

@@ -143,7 +143,7 @@ def open_run(
     _fits(config, tokenizers, [*problems, *held_out])
     _opens_no_thinking(config, tokenizers["teacher"], plain_question(config, problems[0]))
     for folder in dict.fromkeys(folders.values()):
-        check_weights(folder)
+        processes.agree(functools.partial(check_weights, folder))
     facts = {
         "models": {
             name: {

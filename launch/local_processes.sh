@@ -2,7 +2,7 @@
 # One run by N processes on this machine: launch/local_processes.sh N CONFIG OUT [--field value ...]
 # The status is 0, or that of the first process that ended badly; the others are then ended too. Needs bash 5.1.
 set -euo pipefail
-if (( $# < 3 )); then
+if (( $# < 3 )) || [[ ! $1 =~ ^[1-9][0-9]*$ ]]; then
   echo "usage: $0 N CONFIG OUT [--field value ...]" >&2
   exit 2
 fi

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -88,11 +89,24 @@ def test_saved_and_loaded_again_nothing_has_changed(lm, tmp_path):
     assert not [p for p in tmp_path.iterdir() if p.name != "out"]
 
 
-def test_what_is_no_model_folder_is_not_replaced(lm, tmp_path):
-    (tmp_path / "precious").write_text("mine")
-    with pytest.raises(InputError, match="not a model folder"):
+@pytest.mark.parametrize("also", [(), ("config.json", "model.safetensors")])
+def test_what_is_more_than_a_model_is_not_replaced(lm, tmp_path, also):
+    for name in ("precious", *also):
+        (tmp_path / name).write_text("mine")
+    with pytest.raises(InputError, match="other things than a model"):
         heal_jax.save(lm, tmp_path)
-    assert (tmp_path / "precious").read_text() == "mine"
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == dict.fromkeys(("precious", *also), "mine")
+
+
+def test_a_mesh_made_elsewhere(lm):
+    """With whatever kind of axes; one of other axes is refused."""
+    mesh = jax.make_mesh((8, 1, 1, 1), ("data", "fsdp", "tensor", "expert"))
+    tokens = np.arange(16).reshape(8, 2)
+    np.testing.assert_allclose(
+        heal_jax.load("builtin:teacher", mesh=mesh).logits(tokens), lm.logits(tokens), rtol=1e-4, atol=2e-3
+    )
+    with pytest.raises(InputError, match="axes rows"):
+        heal_jax.load("builtin:teacher", mesh=jax.make_mesh((8,), ("rows",)))
 
 
 @pytest.mark.parametrize(
@@ -102,6 +116,7 @@ def test_what_is_no_model_folder_is_not_replaced(lm, tmp_path):
         (lambda lm: heal_jax.load("builtin:teacher", dtype="int8"), "not one of float32"),
         (lambda lm: heal_jax.load("builtin:teacher", mesh={"tensor": 8}), "2 key-value heads"),
         (lambda lm: heal_jax.load("builtin:teacher", mesh={"data": 3}), "needs 3 devices"),
+        (lambda lm: heal_jax.load("builtin:teacher", mesh={"tensr": 8}), "no axis tensr"),
         (lambda lm: lm.logits([[1.5]]), "integers of shape"),
         (lambda lm: lm.logits([[9999]]), "ids of 0 to"),
         (lambda lm: lm.logits(np.zeros((1, 600), int)), "at most 512"),

@@ -254,6 +254,13 @@ def damaged(folder, how):
         raw["attention_bias"] = True
     elif how == "softcap":
         raw["final_logit_softcapping"] = 30.0
+    elif how == "window":
+        raw["sliding_window"] = 4  # which Llama models do not read
+    elif how == "scalar copy":
+        tensors |= {k: np.float32(1) for k in ("lm_head.weight", "model.embed_tokens.weight")}
+    elif how == "flat yarn":
+        raw["rope_parameters"] = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0,
+                                  "original_max_position_embeddings": 0.5}  # fmt: skip
     elif how == "remote code":
         raw["auto_map"] = {"AutoModelForCausalLM": "modeling.Evil"}
     elif how == "type":
@@ -267,6 +274,7 @@ def damaged(folder, how):
     return {"nan": "not finite", "missing and unexpected": f"missing {name}; unexpected strange", "shape": "shape",
             "architecture": "mamba", "scaling": "longrope", "unknown field": "logit_softcapping",
             "bias": "missing model.layers.0.self_attn.k_proj.bias", "softcap": "final_logit_softcapping",
+            "window": "sliding_window", "scalar copy": "differs", "flat yarn": "original_max_position_embeddings",
             "remote code": "auto_map", "type": "hidden_size", "dtype": "I32", "untied copy": "lm_head.weight differs",
             }[how]  # fmt: skip
 
@@ -274,7 +282,7 @@ def damaged(folder, how):
 @pytest.mark.parametrize(
     "how",
     ["truncated", "no weights", "nan", "missing and unexpected", "shape", "architecture", "scaling", "unknown field",
-     "bias", "softcap", "remote code", "type", "dtype", "untied copy"],
+     "bias", "softcap", "window", "scalar copy", "flat yarn", "remote code", "type", "dtype", "untied copy"],
 )  # fmt: skip
 def test_damaged_folders_are_refused_in_one_line(tmp_path, how):
     hf_folder(tmp_path)
@@ -283,6 +291,18 @@ def test_damaged_folders_are_refused_in_one_line(tmp_path, how):
         load(tmp_path)
     assert says in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_too_large_for_the_dtype(tmp_path):
+    hf_folder(tmp_path)
+    from safetensors.numpy import load_file, save_file
+
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.norm.weight"][0] = 1e6
+    save_file(tensors, tmp_path / "model.safetensors")
+    load(tmp_path)
+    with pytest.raises(InputError, match="not finite .as float16. in model.norm.weight"):
+        load(tmp_path, jnp.float16)
 
 
 def test_index_cannot_leave_the_folder(tmp_path):

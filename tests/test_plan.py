@@ -270,15 +270,16 @@ def test_a_pattern_of_layers_is_kept_whole():
     assert search.depths(gemma) == (6, 12)
 
 
-def test_extrapolated_equals_whole(small, monkeypatch):
-    found, mesh, topology = on_slice(small)
+def test_extrapolated_equals_whole(small):
+    longer = dataclasses.replace(small, sample=dataclasses.replace(small.sample, max_new_tokens=4096))
+    found, mesh, topology = on_slice(longer)  # more than stays on the chip
     program = named(found, "sample")
     deep = dataclasses.replace(program.model, config=dataclasses.replace(program.model.config, num_layers=10))
     program = dataclasses.replace(program, model=deep)
     guess, whole = search.extrapolated(program, mesh, topology), estimate(program, mesh, topology)
     assert guess.step.flops == whole.step.flops and guess.once.flops == pytest.approx(whole.once.flops, rel=0.01)
     assert guess.memory.weights == whole.memory.weights and guess.memory.cache == whole.memory.cache
-    assert guess.needs == pytest.approx(whole.needs, rel=0.2)
+    assert guess.needs == pytest.approx(whole.needs, rel=0.1)
 
 
 @settings(max_examples=6)
@@ -321,6 +322,14 @@ def test_search_finds_what_brute_force_finds(small, seed):
 
 def programs_of(config, topology):
     return next(search.candidates(config, topology, workload(config, folders(config), Assumptions()))).programs
+
+
+def test_meshes_that_split_the_torus():
+    """data=2 fsdp=2 tensor=8 over 4 x 8 chips: an axis of the torus is shared by two of the mesh."""
+    for name in ("v5e:4x8", "v6e:4x8", "v5p:2x4x4"):
+        devices = backend.devices(Topology(name))
+        mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 8}, devices)
+        assert mesh.size == 32 and len({d.id for d in mesh.devices.flat}) == 32
 
 
 @pytest.mark.parametrize("name", ["v9:2x2", "v5e", "v5e:3x5", "v5p:4x8", "v6e:", ""])

@@ -1,6 +1,7 @@
 """Tokenizers of the two common kinds, through the wrapper: pieces, spans, EOS ids."""
 
 import json
+import shutil
 
 import pytest
 from hypothesis import example, given
@@ -95,3 +96,16 @@ def test_a_vocabulary_that_does_not_fit_is_refused(tokenizer):
         Tokenizer(tokenizer.folder, 100)
     with pytest.raises(InputError, match="no tokenizer.json"):
         Tokenizer(tokenizer.folder / "nothing", 300)
+
+
+def test_prompts_do_not_change_overnight(teacher, tmp_path):
+    """A chat template that asks for the date gets the same one every day, in prompts and at the end of a turn."""
+    shutil.copytree(teacher.folder, tmp_path / "model")
+    folder = tmp_path / "model"
+    for path in folder.glob("chat_template*"):
+        path.unlink()
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["chat_template"] = "{{ strftime_now('%d %b %Y %S %f') }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = Tokenizer(folder, teacher.tokenizer.vocab_size)
+    assert tokenizer.text(tokenizer.prompt("1 + 2")) == "26 Jul 2024 00 0000001 + 2"

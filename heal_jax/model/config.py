@@ -72,6 +72,7 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "pretraining_tp": (1, None),
     "quantization_config": (None,),
     "rope_interleaved": (False, None),
+    "use_mrope": (False, None),
     "use_bidirectional_attention": (False, None),
 }
 
@@ -87,13 +88,29 @@ READ = {
     *("decoder_sparse_step", "mlp_only_layers"),
 }
 
+# Of those, what only some families read: where another has it, who wrote it meant something that is not computed.
+ONLY_IN: dict[str, tuple[str, ...]] = {
+    "attention_bias": ("llama", "qwen3", "qwen3_moe", "gemma3_text"),
+    "mlp_bias": ("llama",),
+    "layer_types": ("qwen2", "qwen3", "gemma3_text"),
+    "sliding_window": ("mistral", "qwen2", "qwen3", "qwen3_moe", "gemma3_text"),
+    "use_sliding_window": ("qwen2", "qwen3", "qwen3_moe"),
+}
+
 # Fields that do not change a forward pass in evaluation mode.
 NEUTRAL = {
     *("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "transformers.js_config"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "id2label", "label2id", "problem_type", "use_cache"),
     *("cache_implementation", "chunk_size_feed_forward", "initializer_range", "attention_dropout", "is_decoder"),
     *("cross_attention_hidden_size", "output_attentions", "output_hidden_states", "output_router_logits"),
-    *("return_dict", "router_aux_loss_coef", "is_llama_config", "unsloth_fixed", "_attn_implementation_autoset"),
+    *(
+        "return_dict",
+        "router_aux_loss_coef",
+        "is_llama_config",
+        "unsloth_fixed",
+        "unsloth_version",
+        "_attn_implementation_autoset",
+    ),
 }
 
 ROPE_FIELDS = {
@@ -135,6 +152,11 @@ def parse(raw: dict[str, Any], where: str = "config.json") -> DecoderConfig:
     for name, allowed in FIXED.items():
         if raw.get(name, allowed[0]) not in allowed:
             raise InputError(f"{where}: {name}={raw[name]!r} is not supported; supported: {list(allowed)}")
+    for name, families in ONLY_IN.items():
+        if raw.get(name) and family not in families:
+            raise InputError(
+                f"{where}: {name}={raw[name]!r} is not supported for {family}, whose models do not read it"
+            )
     hf = _normalised(raw, family, where)
 
     def integer(name: str, value: Any) -> int:
@@ -249,6 +271,10 @@ def _rope(values: Any, max_positions: int, where: str) -> Rope:
     if kind == "linear":
         return Rope(theta, kind, number("factor"))
     original = int(number("original_max_position_embeddings", max_positions))
+    if original < 1 or theta <= 1:
+        raise InputError(
+            f"{where}: RoPE scaling {kind} needs a whole original_max_position_embeddings and rope_theta > 1"
+        )
     if kind == "llama3":
         rope = Rope(theta, kind, number("factor"), original, number("low_freq_factor"), number("high_freq_factor"))
         if rope.low >= rope.high:

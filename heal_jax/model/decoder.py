@@ -5,6 +5,7 @@ G = H / K, E head dimension, V vocabulary. A token's cache slot is its position 
 one number, its length, and validity never depends on a token's id.
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -196,6 +197,12 @@ class Decoder(nnx.Module):
         if not config.tie_embeddings:
             self.head = Linear(config.hidden_size, config.vocab_size, dtype, rngs, std)
 
+    def _precision(self) -> contextlib.AbstractContextManager[None]:
+        """float32 means float32: left to themselves GPUs multiply such matrices in TF32 and TPUs in bfloat16."""
+        if jax.default_backend() == "cpu" or self.embed[...].dtype != jnp.float32:
+            return contextlib.nullcontext()
+        return jax.default_matmul_precision("highest")
+
     def _embed(self, tokens: Array) -> Array:
         """tokens [B, T] int32 -> [B, T, D]."""
         x = self.embed[...][tokens]
@@ -219,8 +226,9 @@ class Decoder(nnx.Module):
             return constrain(block(x, positions, slots, segments)[0], "context", None, None)
 
         apply = nnx.remat(apply) if remat else apply
-        for block in self.blocks:
-            x = apply(block, x, positions, segments)
+        with self._precision():
+            for block in self.blocks:
+                x = apply(block, x, positions, segments)
         return self.norm(x)
 
     def extend(self, tokens: Array, count: Array, cache: Cache) -> tuple[Array, Cache]:
@@ -232,16 +240,18 @@ class Decoder(nnx.Module):
         positions = cache.length[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
         x = self._embed(tokens)
         keys, values = [], []
-        for block, k, v in zip(self.blocks, cache.keys, cache.values):
-            x, (k, v) = block(x, positions, positions, cached=(k, v))
-            keys.append(k)
-            values.append(v)
+        with self._precision():
+            for block, k, v in zip(self.blocks, cache.keys, cache.values):
+                x, (k, v) = block(x, positions, positions, cached=(k, v))
+                keys.append(k)
+                values.append(v)
         return self.norm(x), Cache(tuple(keys), tuple(values), cache.length + count)
 
     def logits(self, hidden: Array) -> Array:
         """hidden [..., D] -> [..., V] float32."""
         kernel = self.embed[...].T if self.config.tie_embeddings else self.head.kernel[...]
-        return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+        with self._precision():
+            return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax import Array
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from heal_jax.errors import InputError
@@ -42,6 +43,8 @@ def mesh_shape(wanted: Mapping[str, int], devices: int) -> dict[str, int]:
 
     Raises InputError where the sizes do not make up the devices, with the nearest that do.
     """
+    if unknown := sorted(set(wanted) - set(AXES)):
+        raise InputError(f"mesh: no axis {', '.join(unknown)}; the axes are {', '.join(AXES)}")
     shape = {axis: wanted.get(axis, 1) for axis in AXES}
     if list(shape.values()).count(-1) > 1 or any(size < 1 and size != -1 for size in shape.values()):
         raise InputError(f"mesh {describe(shape)}: sizes are positive, and at most one is -1 (what is left)")
@@ -88,9 +91,18 @@ def make_mesh(wanted: Mapping[str, int], devices: Sequence[jax.Device] | None = 
 
     Raises InputError.
     """
-    shape = mesh_shape(wanted, jax.device_count() if devices is None else len(devices))
-    types = (AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(tuple(shape.values()), AXES, axis_types=types, devices=devices)
+    devices = jax.devices() if devices is None else devices
+    sizes = tuple(mesh_shape(wanted, len(devices)).values())
+    # jax.make_mesh raises where an axis is not made of whole axes of the chips' torus, as data=2 fsdp=2 of v6e:4x8.
+    arranged = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def adopt(mesh: Mesh) -> Mesh:
+    """A mesh made elsewhere, with Auto axes. Raises InputError where its axes are not AXES."""
+    if set(mesh.axis_names) != set(AXES):
+        raise InputError(f"mesh: axes {', '.join(map(str, mesh.axis_names))}; the axes {', '.join(AXES)} are expected")
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def spec(mesh: Mesh | AbstractMesh, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> PartitionSpec:

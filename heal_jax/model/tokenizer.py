@@ -2,14 +2,19 @@
 
 import contextlib
 import dataclasses
+import datetime
 import functools
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from heal_jax.errors import InputError
 
+TODAY = datetime.date(
+    2024, 7, 26
+)  # for templates that ask (Llama 3.2's own default): prompts must not change overnight
 WHITE_SPACE = " \t\n\r\v\f"  # what makes a step blank; ASCII only, since wider white space may be split over tokens
 LONGEST_CHARACTER = 4  # bytes of UTF-8, so at most as many tokens
 
@@ -59,8 +64,10 @@ class Tokenizer:
             self.hf = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         except Exception as error:  # the library raises many kinds for a broken folder
             raise InputError(f"{folder}: no usable tokenizer ({' '.join(str(error).split())[:200]})") from None
-        self._known = set(self.hf.get_vocab().values())
-        if (highest := max(self._known, default=-1)) >= vocab_size:
+        # Tokens that were added beyond the model's vocabulary (Gemma 3's for images) are refused where a text has one.
+        vocabulary, added = self.hf.get_vocab(), self.hf.get_added_vocab()
+        self._known = {i for i in vocabulary.values() if i < vocab_size}
+        if (highest := max((i for token, i in vocabulary.items() if token not in added), default=-1)) >= vocab_size:
             raise InputError(
                 f"{folder}: the tokenizer has ids up to {highest}, the model's vocabulary ends at {vocab_size - 1}; "
                 "put the files of one model together"
@@ -100,7 +107,9 @@ class Tokenizer:
         after = ""
         if self.hf.chat_template is not None:
             with contextlib.suppress(Exception):  # a template may know no finished turn: nothing follows one then
-                _, found, rest = str(self.hf.apply_chat_template(turns, tokenize=False)).rpartition(said)
+                _, found, rest = str(
+                    self.hf.apply_chat_template(turns, tokenize=False, strftime_now=TODAY.strftime)
+                ).rpartition(said)
                 after = rest if found else ""
         return next((i for i in self.encode(after) if i in self.eos_ids), self.eos_ids[0])
 
@@ -110,17 +119,28 @@ class Tokenizer:
         Raises InputError where the template is broken.
         """
         if self.hf.chat_template is None:
-            return list(self.hf.encode(question))
+            return self._checked(self.hf.encode(question))
         turn = [{"role": "user", "content": question}]
         try:
-            return list(self.hf.apply_chat_template(turn, add_generation_prompt=True, tokenize=True, return_dict=False))
+            settings: dict[str, Any] = {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
+            ids = self.hf.apply_chat_template(turn, strftime_now=TODAY.strftime, **settings)
         except Exception as error:  # whatever a template from elsewhere raises
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"{self.folder}: its chat template cannot be applied ({reason}); restore it") from None
+        return self._checked(ids)
+
+    def _checked(self, ids: Any) -> list[int]:
+        """The ids. Raises InputError where the model has no such token."""
+        if max(ids, default=0) >= self.vocab_size:
+            token = self.hf.convert_ids_to_tokens(max(ids))
+            raise InputError(
+                f"{self.folder}: a text holds {token!r}, a token that the model does not have; leave it out"
+            )
+        return list(ids)
 
     def encode(self, text: str) -> list[int]:
         """Ids of text inside a turn: no special tokens added, and no space before it, where the tokenizer can."""
-        ids = list(self.hf.encode(text, add_special_tokens=False))
+        ids = self._checked(self.hf.encode(text, add_special_tokens=False))
         if self._after_anchor(ids) != text:  # some put a space before the first word of whatever they encode
             line = list(self.hf.encode("\n", add_special_tokens=False))
             second = list(self.hf.encode("\n" + text, add_special_tokens=False))

@@ -156,9 +156,10 @@ class Source:
             raise InputError(f"{self.folder}: weights do not fit config.json: {'; '.join(problems)}")
 
     def _same(self, first: str, second: str) -> bool:
-        if self.tensors.described(first)[0] != self.tensors.described(second)[0]:
+        shape = self.tensors.described(first)[0]
+        if len(shape) != 2 or shape != self.tensors.described(second)[0]:
             return False
-        rows = self.tensors.described(first)[0][0]
+        rows = shape[0]
         parts = (slice(start, min(start + 4096, rows)) for start in range(0, rows, 4096))
         return all(np.array_equal(self.tensors.read(first, (p,)), self.tensors.read(second, (p,))) for p in parts)
 
@@ -174,16 +175,19 @@ class Source:
         for start in range(0, len(in_file), step):
             stop = min(start + step, len(in_file))
             piece = self.tensors.read(row.tensor, (slice(first.start + start, first.start + stop), *rest))
-            if not np.isfinite(piece).all():
+            with np.errstate(over="ignore"):
+                in_file[start:stop] = piece
+            if not np.isfinite(in_file[start:stop]).all():  # after the cast: float16 ends at 65,504
                 self.not_finite[row.tensor] = None
-            in_file[start:stop] = piece
         return out
 
     def complain(self) -> None:
         """Raise InputError where what was read held values that are not finite."""
         if self.not_finite:
             names = "; ".join(sorted(self.not_finite))
-            raise InputError(f"{self.folder}: values that are not finite in {names}; fetch the model again")
+            raise InputError(
+                f"{self.folder}: values that are not finite in {names} as {self.dtype}; fetch the model again"
+            )
 
     def place(self, path: Path_, where: Sharding) -> Array:
         """A parameter on its devices; only what this process holds is read."""

@@ -53,10 +53,12 @@ def search(
     price: float,
     say: Callable[[str], None],
     measure: Measure | None = None,
+    last: Callable[[Program, Mesh, Topology], Estimate] = estimate,
 ) -> Slice:
-    """The cheapest candidate, compiled whole. Raises InputError where none fits.
+    """The cheapest candidate. Raises InputError where none fits.
 
-    `measure`: how a program is estimated before the winner is known (default: with few layers, extrapolated).
+    `measure`: how a program is estimated before the winner is known (default: with few layers, extrapolated); `last`:
+    how the winner is then (default: compiled whole).
     """
     work = workload(config, folders(config), assumptions)
     usable = backend.usable_hbm(topology)
@@ -75,8 +77,8 @@ def search(
             break
         best = min(costs, key=lambda pair: pair[0])
         costs.remove(best)
-        say(f"{topology.name}: compiling {best[1].setting} whole")
-        estimates = tuple(estimate(program, best[1].mesh, topology) for program in best[1].programs)
+        say(f"{topology.name}: {best[1].setting} it is")
+        estimates = tuple(last(program, best[1].mesh, topology) for program in best[1].programs)
         if all(e.fits for e in estimates):
             shape, batch = dict(best[1].mesh.shape), best[1].config.sample.batch
             return Slice(topology, shape, batch, estimates, work, price)

@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from jax.sharding import Mesh
+
 from heal_jax.config import Config
 from heal_jax.divide import require, sizes
 from heal_jax.model.config import decoder_config
@@ -47,16 +49,24 @@ def models(config: Config) -> dict[str, Any]:
 
 
 def plan_slice(
-    config: Config, topology: Topology, assumptions: Assumptions, price: float, say: Callable[[str], None]
+    config: Config,
+    topology: Topology,
+    assumptions: Assumptions,
+    price: float,
+    say: Callable[[str], None],
+    measure: Callable[[Program, Mesh, Topology], Estimate] = estimate,
 ) -> Slice:
-    """Compile every program of the run for the slice. Raises InputError for a mesh that does not go with it."""
+    """Compile every program of the run for the slice; `measure` says how (whole, or with few layers).
+
+    Raises InputError for a mesh that does not go with the slice.
+    """
     mesh = make_mesh(dataclasses.asdict(config.mesh), backend.devices(topology))
     require(mesh.shape, sizes(config, models(config)))
     work = workload(config, folders(config), assumptions)
     found = []
     for program in programs(config, work, mesh):
         say(f"{topology.name}: compiling {program.name} ({program.model.config.num_layers} layers)")
-        found.append(estimate(program, mesh, topology))
+        found.append(measure(program, mesh, topology))
     return Slice(topology, dict(mesh.shape), config.sample.batch, tuple(found), work, price)
 
 

@@ -9,7 +9,7 @@ from heal_jax.config import Config, ProblemSpec
 from heal_jax.model.lm import open_tokenizer
 from heal_jax.plan.assumptions import Assumptions
 from heal_jax.problems.sources import Problem, load
-from heal_jax.run import hindsight_question, hint_text
+from heal_jax.run import hindsight_question, hint_text, plain_question
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -53,7 +53,7 @@ def workload(config: Config, folders: dict[str, Path], assumptions: Assumptions)
     measured: dict[str, int | None] = dict.fromkeys(("prompt", "shown", "hint"))
     if tokenizers and train:
         tokenizer = tokenizers["teacher"]
-        measured["prompt"] = max(len(tokenizer.prompt(p.question)) for p in train)
+        measured["prompt"] = max(len(tokenizer.prompt(plain_question(config, p))) for p in train)
         measured["shown"] = max(len(tokenizer.prompt(hindsight_question(config, p))) for p in train)
         measured["hint"] = max(len(tokenizer.encode(hint_text(config, p))) for p in train)
     most = config.sample.max_new_tokens
@@ -62,7 +62,9 @@ def workload(config: Config, folders: dict[str, Path], assumptions: Assumptions)
     shown = measured["shown"] if a.prompt_tokens is None and measured["shown"] is not None else prompt + hint
     held_out_prompts = dict.fromkeys(folders, prompt)
     if tokenizers and test and a.prompt_tokens is None:
-        held_out_prompts = {name: max(len(t.prompt(p.question)) for p in test) for name, t in tokenizers.items()}
+        held_out_prompts = {
+            name: max(len(t.prompt(plain_question(config, p))) for p in test) for name, t in tokenizers.items()
+        }
     kept = choose(a.kept_tokens, None, math.ceil(config.gear.window * most), "kept prefix of at most")
     problems = choose(a.problems, len(train) if train else None, 1000, "problems")
     held_out = choose(a.held_out, len(test) if test else None, 500, "held-out problems")

@@ -17,6 +17,8 @@ from heal_jax.model.decoder import Cache, Decoder, empty_cache, repeat_rows, wit
 from heal_jax.model.mesh import constrain
 from heal_jax.rollout.sampling import Rule, apply
 
+MADE_AT_ONCE = 512  # slots of a cache that is allocated whole
+
 
 class Rollouts(NamedTuple):
     """What decoding records. tokens [B, T] int32; entropy, logprob, sampling_logprob [B, T] float32 (nats, one a
@@ -142,9 +144,11 @@ def roll_out(
     """
     model = nnx.merge(graph, params)
     width = context.shape[1] + hint.shape[1]
-    # Room for new tokens comes after the contexts are computed: else they would attend to it all, and contexts that the
-    # mesh does not divide would hold it all on every device.
-    cache = placed(empty_cache(model.config, context.shape[0], width, model.embed[...].dtype), "context")
+    slots = width + max_new if slots is None else slots
+    # Room for many new tokens comes after the contexts are computed: else they would attend to it all, and contexts
+    # that the mesh does not divide would hold it on every device. Little room is there from the start: no cache moves.
+    first = width + max_new if width + max_new <= MADE_AT_ONCE else width
+    cache = placed(empty_cache(model.config, context.shape[0], first, model.embed[...].dtype), "context")
     hidden, cache = model.extend(context, context_length, cache)
     last = _last(constrain(hidden, "context", None, None), context_length)
     if hint.shape[1]:
@@ -152,7 +156,7 @@ def roll_out(
         last = _last(constrain(hidden, "context", None, None), hint_length)
     logits = jnp.repeat(model.logits(last), repeats, axis=0)
     typed = jax.random.wrap_key_data(keys, impl="threefry2x32")
-    cache = with_slots(repeat_rows(cache, repeats), width + max_new if slots is None else slots)
+    cache = with_slots(repeat_rows(cache, repeats), max(first, slots))
     return decode(model, cache, logits, typed, budget, eos_ids, rules, max_new)
 
 
