@@ -24,7 +24,7 @@ from jax.experimental import multihost_utils
 from heal_jax.errors import InputError, RunError
 
 JOIN_SECONDS = 120  # until all processes are there
-HEARTBEAT_SECONDS = 30  # of silence, after which a process counts as dead; a closed connection tells at once
+HEARTBEAT_SECONDS = 60  # of silence, after which a process counts as dead; a closed connection tells at once
 LEAVE_SECONDS = 3  # a process that fails stays this long, so that others that fail alike can say so themselves
 
 # What collectives, barriers and the coordination service say when a process is gone.
@@ -160,12 +160,14 @@ def _end_in_one_line() -> None:
     def aborted(_: int) -> None:
         if not _speaking.acquire(blocking=False):
             time.sleep(2 * LEAVE_SECONDS)  # the main thread is about to exit
-        said = os.pread(notices.fileno(), 1 << 20, 0)
-        reason = _GONE if b"distributed service detected" in said else "the runtime aborted"
-        with tempfile.NamedTemporaryFile(prefix="heal-", suffix=".log", delete=False) as file:
-            file.write(said)
-        os.write(sys.stderr.fileno(), f"heal: {reason} (details: {file.name})\n".encode())
-        os._exit(1)
+        try:
+            said = os.pread(notices.fileno(), 1 << 20, 0)
+            reason = _GONE if b"distributed service detected" in said else "the runtime aborted"
+            with tempfile.NamedTemporaryFile(prefix="heal-", suffix=".log", delete=False) as file:
+                file.write(said)
+            os.write(sys.stderr.fileno(), f"heal: {reason} (details: {file.name})\n".encode())
+        finally:
+            os._exit(1)
 
     ctypes.CDLL(None).signal(signal.SIGABRT, aborted)
     _kept.extend([aborted, notices])

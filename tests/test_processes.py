@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 from heal_jax.world import model_folder
 
 LAUNCHER = Path(__file__).parents[1] / "launch" / "local_processes.sh"
-PATIENCE = 120  # seconds within which the others have ended; usually 3, and 30 where the runtime waits for heartbeats
+PATIENCE = 180  # seconds within which the others have ended; usually 3, and 60 where the runtime waits for heartbeats
 GONE = "heal: another process of this run died or cannot be reached"
 
 
