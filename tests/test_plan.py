@@ -431,7 +431,7 @@ def test_the_paper_on_real_topologies(chips):
             sample=dataclasses.replace(config.sample, batch=240),
             train=dataclasses.replace(config.train, batch=16),
         )
-    found, mesh, topology = on_slice(config, {32: "v6e:4x8", 128: "v5e:8x16"}[chips])
+    found, mesh, topology = on_slice(config, {32: "v5e:4x8", 128: "v5e:8x16"}[chips])
     assert mesh.size == chips
     sample = named(found, "sample")
     assert sample.model.config.num_layers == 64 and sample.batch.max_new == 16384 and sample.batch.repeats == 30

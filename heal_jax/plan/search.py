@@ -69,6 +69,7 @@ def search(
         while untried and untried[0].bound < min((cost for cost, _ in costs), default=math.inf):
             candidate = untried.pop(0)
             cost = _cost(candidate, measured)
+            backend.let_go()
             said = f"{cost:,.1f} chip-hours" if cost < math.inf else "does not fit"
             say(f"{topology.name}: {candidate.setting}: {said}")
             if cost < math.inf:
@@ -78,10 +79,13 @@ def search(
         best = min(costs, key=lambda pair: pair[0])
         costs.remove(best)
         say(f"{topology.name}: {best[1].setting} it is")
-        estimates = tuple(last(program, best[1].mesh, topology) for program in best[1].programs)
+        estimates = []
+        for program in best[1].programs:
+            estimates.append(last(program, best[1].mesh, topology))
+            backend.let_go()
         if all(e.fits for e in estimates):
             shape, batch = dict(best[1].mesh.shape), best[1].config.sample.batch
-            return Slice(topology, shape, batch, estimates, work, price)
+            return Slice(topology, shape, batch, tuple(estimates), work, price)
     raise InputError(
         f"--search: no mesh and sample.batch of this run fit {topology.name}; give a larger slice, a smaller model, "
         "shorter rollouts or a smaller pure.batch"

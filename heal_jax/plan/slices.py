@@ -67,6 +67,7 @@ def plan_slice(
     for program in programs(config, work, mesh):
         say(f"{topology.name}: compiling {program.name} ({program.model.config.num_layers} layers)")
         found.append(measure(program, mesh, topology))
+        backend.let_go()
     return Slice(topology, dict(mesh.shape), config.sample.batch, tuple(found), work, price)
 
 
