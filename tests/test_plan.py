@@ -30,7 +30,6 @@ from heal_jax.plan.assumptions import Assumptions
 from heal_jax.plan.cost import Compiled, Cost
 from heal_jax.plan.estimate import Estimate, Memory, estimate, read, roof
 from heal_jax.plan.programs import folders, per_chip, programs
-from heal_jax.plan.slices import models
 from heal_jax.plan.topology import CHIPS, SLICES, Topology
 from heal_jax.plan.workload import workload
 from heal_jax.progress import Progress
@@ -278,6 +277,7 @@ def test_extrapolated_equals_whole(small):
     deep = dataclasses.replace(program.model, config=dataclasses.replace(program.model.config, num_layers=10))
     program = dataclasses.replace(program, model=deep)
     guess, whole = search.extrapolated(program, mesh, topology), estimate(program, mesh, topology)
+    assert guess.layers == (2, 4) and whole.layers == (10,)
     assert guess.step.flops == whole.step.flops and guess.once.flops == pytest.approx(whole.once.flops, rel=0.01)
     assert guess.memory.weights == whole.memory.weights and guess.memory.cache == whole.memory.cache
     assert guess.needs == pytest.approx(whole.needs, rel=0.1)
@@ -299,7 +299,7 @@ def test_search_finds_what_brute_force_finds(small, seed):
         needs, usable = memory.total * larger, 16e9
         asked.append((program, mesh))
         costs = Cost(flops=once), Cost(flops=step, bytes=read_bytes)
-        return Estimate(program, usable, memory, needs, *costs, topology.chip, topology.chips)
+        return Estimate(program, usable, memory, needs, *costs, topology.chip, topology.chips, (1,))
 
     work = workload(small, folders(small), Assumptions())
     costs = {}
@@ -308,16 +308,16 @@ def test_search_finds_what_brute_force_finds(small, seed):
         if all(e.fits for e in every):
             costs[tuple(c.mesh.shape.values()), c.config.sample.batch] = sum(e.chip_hours for e in every)
     tried = len(asked)
-    original = search.estimate
-    search.estimate = lambda program, mesh, topology: measure(program, mesh)
+
+    def whole(program, mesh, topology):
+        return measure(program, mesh)
+
     try:
-        best = search.search(small, topology, Assumptions(), 0.0, lambda line: None, measure)
+        best = search.search(small, topology, Assumptions(), 0.0, lambda line: None, measure, whole)
         assert best.fits and best.chip_hours == pytest.approx(min(costs.values()))
         assert costs[tuple(best.mesh.values()), best.batch] == pytest.approx(best.chip_hours)
     except InputError:
         assert not costs
-    finally:
-        search.estimate = original
     assert len(asked) - tried <= tried + len(programs_of(small, topology))
 
 

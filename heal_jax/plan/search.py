@@ -173,7 +173,8 @@ def extrapolated(program: Program, mesh: Mesh, topology: Topology) -> Estimate:
         estimate(dataclasses.replace(program, model=program.model.with_layers(n)), mesh, topology) for n in (few, more)
     )
     if a.memory is None or b.memory is None or a.once is None or b.once is None or a.step is None or b.step is None:
-        return dataclasses.replace(a, program=program, memory=None, needs=math.inf, once=None, step=None)
+        needs = max(a.needs, b.needs)  # at least: fewer layers do not fit
+        return Estimate(program, a.usable, None, needs, None, None, a.chip, a.chips, (few, more))
     times = (layers - few) / (more - few)
 
     def line(x: Any, y: Any) -> Any:
@@ -182,4 +183,4 @@ def extrapolated(program: Program, mesh: Mesh, topology: Topology) -> Estimate:
     memory = Memory(*map(line, dataclasses.astuple(a.memory), dataclasses.astuple(b.memory)))
     memory = dataclasses.replace(memory, **program.memory(mesh))
     once, step = a.once.plus(b.once.plus(a.once, -1), times), a.step.plus(b.step.plus(a.step, -1), times)
-    return dataclasses.replace(a, program=program, memory=memory, needs=memory.total, once=once, step=step)
+    return Estimate(program, a.usable, memory, memory.total, once, step, a.chip, a.chips, (few, more))

@@ -104,6 +104,8 @@ def _program(e: Estimate) -> dict[str, Any]:
         "stages": list(program.stages),
         "model": program.model.name,
         "shape": program.shape,
+        "layers": program.model.config.num_layers,
+        "layers_compiled": list(e.layers),
         "fits": e.fits,
         "bytes_needed": e.needs,
         "bytes_usable": e.usable,
