@@ -68,6 +68,7 @@ class Estimate:
     step: Cost | None
     chip: Chip
     chips: int
+    layers: tuple[int, ...]  # that were compiled: the model's, or fewer, from which the figures are extrapolated
 
     @property
     def fits(self) -> bool:
@@ -116,7 +117,7 @@ def estimate(program: Program, mesh: Mesh, topology: Topology) -> Estimate:
                 "asks for, pip install 'jax[tpu]'"
             ) from error
         needs = found[0] + program.memory(mesh)["resident"]
-        return Estimate(program, usable, None, needs, None, None, chip, topology.chips)
+        return Estimate(program, usable, None, needs, None, None, chip, topology.chips, _layers(program))
 
 
 def read(program: Program, compiled: Any, mesh: Mesh, usable: float, topology: Topology) -> Estimate:
@@ -136,4 +137,8 @@ def read(program: Program, compiled: Any, mesh: Mesh, usable: float, topology: T
         else cost
         for cost, by_formula in zip((once, step), program.analytic())
     )
-    return Estimate(program, usable, memory, memory.total, once, step, topology.chip, topology.chips)
+    return Estimate(program, usable, memory, memory.total, once, step, topology.chip, topology.chips, _layers(program))
+
+
+def _layers(program: Program) -> tuple[int, ...]:
+    return (program.model.config.num_layers,)

@@ -69,6 +69,7 @@ def search(
         while untried and untried[0].bound < min((cost for cost, _ in costs), default=math.inf):
             candidate = untried.pop(0)
             cost = _cost(candidate, measured)
+            backend.let_go()
             said = f"{cost:,.1f} chip-hours" if cost < math.inf else "does not fit"
             say(f"{topology.name}: {candidate.setting}: {said}")
             if cost < math.inf:
@@ -78,10 +79,13 @@ def search(
         best = min(costs, key=lambda pair: pair[0])
         costs.remove(best)
         say(f"{topology.name}: {best[1].setting} it is")
-        estimates = tuple(last(program, best[1].mesh, topology) for program in best[1].programs)
+        estimates = []
+        for program in best[1].programs:
+            estimates.append(last(program, best[1].mesh, topology))
+            backend.let_go()
         if all(e.fits for e in estimates):
             shape, batch = dict(best[1].mesh.shape), best[1].config.sample.batch
-            return Slice(topology, shape, batch, estimates, work, price)
+            return Slice(topology, shape, batch, tuple(estimates), work, price)
     raise InputError(
         f"--search: no mesh and sample.batch of this run fit {topology.name}; give a larger slice, a smaller model, "
         "shorter rollouts or a smaller pure.batch"
@@ -169,7 +173,8 @@ def extrapolated(program: Program, mesh: Mesh, topology: Topology) -> Estimate:
         estimate(dataclasses.replace(program, model=program.model.with_layers(n)), mesh, topology) for n in (few, more)
     )
     if a.memory is None or b.memory is None or a.once is None or b.once is None or a.step is None or b.step is None:
-        return dataclasses.replace(a, program=program, memory=None, needs=math.inf, once=None, step=None)
+        needs = max(a.needs, b.needs)  # at least: fewer layers do not fit
+        return Estimate(program, a.usable, None, needs, None, None, a.chip, a.chips, (few, more))
     times = (layers - few) / (more - few)
 
     def line(x: Any, y: Any) -> Any:
@@ -178,4 +183,4 @@ def extrapolated(program: Program, mesh: Mesh, topology: Topology) -> Estimate:
     memory = Memory(*map(line, dataclasses.astuple(a.memory), dataclasses.astuple(b.memory)))
     memory = dataclasses.replace(memory, **program.memory(mesh))
     once, step = a.once.plus(b.once.plus(a.once, -1), times), a.step.plus(b.step.plus(a.step, -1), times)
-    return dataclasses.replace(a, program=program, memory=memory, needs=memory.total, once=once, step=step)
+    return Estimate(program, a.usable, memory, memory.total, once, step, a.chip, a.chips, (few, more))

@@ -37,6 +37,8 @@ def show(plan: Slice, console: Console) -> None:
     console.print(_memory(plan))
     console.print(_work(plan))
     console.print(_run(plan))
+    if any(e.layers != (e.program.model.config.num_layers,) for e in plan.estimates):
+        console.print("note: extrapolated from compilations with few layers; without --fast all are compiled")
     for e in plan.estimates:
         for warning in e.warnings:
             console.print(f"note: {e.program.name}: {warning}", soft_wrap=True, markup=False)

@@ -67,6 +67,7 @@ def plan_slice(
     for program in programs(config, work, mesh):
         say(f"{topology.name}: compiling {program.name} ({program.model.config.num_layers} layers)")
         found.append(measure(program, mesh, topology))
+        backend.let_go()
     return Slice(topology, dict(mesh.shape), config.sample.batch, tuple(found), work, price)
 
 
@@ -103,6 +104,8 @@ def _program(e: Estimate) -> dict[str, Any]:
         "stages": list(program.stages),
         "model": program.model.name,
         "shape": program.shape,
+        "layers": program.model.config.num_layers,
+        "layers_compiled": list(e.layers),
         "fits": e.fits,
         "bytes_needed": e.needs,
         "bytes_usable": e.usable,
