@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 import heal_jax.world
-from heal_jax.model.config import decoder_config
+from heal_jax.model.config import decoder_config, parse
 from heal_jax.world import check, make, problems, tokenizer, traces
 
 numbers = st.integers(10**9, 10**12 - 1)
@@ -118,7 +118,7 @@ def test_the_recipe_is_deterministic_and_is_that_of_the_shipped_models(tmp_path)
     recipes = make.recipes()
     for name, recipe in recipes.items():
         folder = heal_jax.world.model_folder(name)
-        assert decoder_config(folder) == recipe.config
+        assert decoder_config(folder) == parse(recipe.config)
     short = dataclasses.replace(recipes["student"], steps=2, batch=2)
     for out in ("a", "b"):
         make.save(make.pretrain(short, lambda step, loss: None), short, tmp_path / out)
