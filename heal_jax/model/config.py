@@ -103,14 +103,8 @@ NEUTRAL = {
     *("bos_token_id", "eos_token_id", "pad_token_id", "id2label", "label2id", "problem_type", "use_cache"),
     *("cache_implementation", "chunk_size_feed_forward", "initializer_range", "attention_dropout", "is_decoder"),
     *("cross_attention_hidden_size", "output_attentions", "output_hidden_states", "output_router_logits"),
-    *(
-        "return_dict",
-        "router_aux_loss_coef",
-        "is_llama_config",
-        "unsloth_fixed",
-        "unsloth_version",
-        "_attn_implementation_autoset",
-    ),
+    *("return_dict", "router_aux_loss_coef", "is_llama_config", "unsloth_fixed", "unsloth_version"),
+    "_attn_implementation_autoset",
 }
 
 ROPE_FIELDS = {
@@ -316,7 +310,8 @@ def both_spellings(raw: dict[str, Any], dtype: str) -> dict[str, Any]:
     out["rope_parameters"] = hf.rope_parameters
     full = dict(hf.rope_parameters["full_attention"] if nested else hf.rope_parameters)
     out["rope_theta"] = full.pop("rope_theta")
-    out["rope_scaling"] = None if full["rope_type"] == "default" else full
+    if full["rope_type"] != "default":
+        out["rope_scaling"] = full
     if nested:
         out["rope_local_base_freq"] = hf.rope_parameters["sliding_attention"]["rope_theta"]
     if raw["model_type"] == "qwen3_moe":
