@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import io
-import json
+import math
 import os
 import re
 import shlex
@@ -83,8 +83,7 @@ class PlanArguments:
     search: bool = False
     """Try meshes and values of sample.batch, and plan the cheapest that fits."""
     fast: bool = False
-    """Compile each program with few layers, twice, and take every figure to grow linearly: minutes for a model of 64
-    layers, which whole takes an hour of two cores."""
+    """Compile scoring and training with few layers, twice, and take their figures to grow linearly with the layers."""
     price_per_chip_hour: float = 0.0
     """For the cost of the whole run."""
     json: Path | None = None
@@ -155,7 +154,8 @@ def run(argv: list[str]) -> int:
         print(f"heal: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("heal: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        goes_on = "; the same command goes on where it stopped" if argv[0] in {"run", *STAGES} else ""
+        print(f"heal: interrupted{goes_on}", file=sys.stderr)
         return 130
 
 
@@ -236,32 +236,36 @@ def _plan(argv: list[str]) -> None:
     description = OTHERS["plan"]
     arguments = _configured(PlanArguments, "plan", "--topology v5e:4x8", argv, description, topology=())
     validate(arguments.settings)
-    check(arguments.assumptions)
+    check(arguments.assumptions, arguments.settings.sample.max_new_tokens)
     if not arguments.topology:
         raise InputError("plan: name a slice, such as --topology v5e:4x8")
-    if arguments.price_per_chip_hour < 0:
-        raise InputError(f"--price-per-chip-hour: {arguments.price_per_chip_hour} is out of range, allowed: >= 0")
+    price, file = arguments.price_per_chip_hour, arguments.json
+    if not 0 <= price < math.inf:
+        raise InputError(f"--price-per-chip-hour: {price} is out of range, allowed: >= 0")
+    if file is not None and (file.is_dir() or not os.access(file.parent, os.W_OK)):
+        raise InputError(f"--json {file}: not a file that can be written; name one in a folder that is there")
     topologies = [Topology(name) for name in arguments.topology]
     os.environ.update(environment(topologies))  # before jax, which reads it
     from rich.console import Console
 
     from heal_jax.plan.estimate import estimate
-    from heal_jax.plan.search import extrapolated, search
+    from heal_jax.plan.search import fast, search
     from heal_jax.plan.show import show
-    from heal_jax.plan.slices import plan_slice, to_json
+    from heal_jax.plan.slices import plan_slice, prepare, to_json
     from heal_jax.progress import Progress
+    from heal_jax.store import write_json
 
     done, console = [], Console(highlight=False)
     with Progress() as progress:
+        for topology in topologies if not arguments.search else ():
+            prepare(arguments.settings, topology, arguments.assumptions)  # what is wrong is said before any compiling
         for topology in topologies:
-            work = arguments.settings, topology, arguments.assumptions, arguments.price_per_chip_hour, progress.say
-            measure = extrapolated if arguments.fast else estimate
+            work = arguments.settings, topology, arguments.assumptions, price, progress.say
+            measure = fast if arguments.fast else estimate
             done.append(search(*work, last=measure) if arguments.search else plan_slice(*work, measure))
             show(done[-1], console)
-    if arguments.json is not None:
-        from heal_jax.store import write_text
-
-        write_text(arguments.json, json.dumps(to_json(done), indent=2) + "\n")
+            if file is not None:
+                write_json(file, to_json(done))
 
 
 def _stages(command: str, argv: list[str]) -> None:

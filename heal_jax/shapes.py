@@ -8,6 +8,7 @@ import dataclasses
 from heal_jax.config import Config
 
 BUCKET = 32  # also a multiple of what vector units work on
+MADE_AT_ONCE = 512  # slots up to which a cache is allocated whole, before its contexts are computed
 
 
 def bucket(length: int) -> int:
@@ -31,8 +32,11 @@ class Shape:
 
     @property
     def slots(self) -> int:
-        """Of the cache: what a row keeps of its budget it does not decode."""
-        return bucket(self.context_length - self.kept) + self.hint_length + bucket(self.max_new)
+        """Of the cache: what a row keeps of its budget it does not decode; a small cache has room for all of it."""
+        width = self.context_length + self.hint_length
+        whole = width + bucket(self.max_new)
+        needed = bucket(self.context_length - self.kept) + self.hint_length + bucket(self.max_new)
+        return whole if whole <= MADE_AT_ONCE else max(width, needed)
 
 
 def _shape(config: Config, repeats: int, prompt: int, kept: int = 0, hint: int = 0) -> Shape:

@@ -199,9 +199,8 @@ class Decoder(nnx.Module):
 
     def _precision(self) -> contextlib.AbstractContextManager[None]:
         """float32 means float32: left to themselves GPUs multiply such matrices in TF32 and TPUs in bfloat16."""
-        if jax.default_backend() == "cpu" or self.embed[...].dtype != jnp.float32:
-            return contextlib.nullcontext()
-        return jax.default_matmul_precision("highest")
+        float32 = self.embed[...].dtype == jnp.float32
+        return jax.default_matmul_precision("highest") if float32 else contextlib.nullcontext()
 
     def _embed(self, tokens: Array) -> Array:
         """tokens [B, T] int32 -> [B, T, D]."""

@@ -31,10 +31,18 @@ class Assumptions:
     """Share of the problems that are repaired."""
 
 
-def check(assumptions: Assumptions) -> None:
-    """Raises InputError for a value out of range."""
+def check(assumptions: Assumptions, max_new_tokens: int) -> None:
+    """Raises InputError for a value out of range, or larger than what it is part of."""
     hints = typing.get_type_hints(Assumptions, include_extras=True)
     for name, hint in hints.items():
         value, bound = getattr(assumptions, name), hint.__metadata__[0]
         if value is not None and not bound.holds(value):
             raise InputError(f"--{name.replace('_', '-')}: {value!r} is out of range, allowed: {bound}")
+    a = assumptions
+    if a.unsolved > a.hard:
+        raise InputError(
+            f"--unsolved {a.unsolved}: unsolved problems are among the hard, of which --hard gives {a.hard}"
+        )
+    for name, tokens in (("--decode-steps", a.decode_steps), ("--kept-tokens", a.kept_tokens)):
+        if tokens is not None and tokens > max_new_tokens:
+            raise InputError(f"{name} {tokens}: a rollout has at most sample.max_new_tokens {max_new_tokens}")

@@ -7,16 +7,19 @@ XLA's own `cost_analysis` counts the body of a loop once, whatever its trip coun
   with a single row becomes a multiplication and a sum, which is not counted.
 - Bytes: read from and written to HBM by each instruction that the compiler schedules: its operands and results, less
   what it put in on-chip memory (a memory space S(n) in the layout). Slices, gathers and updates in place count what
-  they touch. A fusion is one instruction: what happens inside never leaves the chip.
+  they touch. A fusion is one instruction: what happens inside never leaves the chip. Collectives count as if each
+  element were read and written once.
 - Collectives: by kind, how many and the bytes that one chip contributes or receives, whichever is more; `wire` is
-  what passes one chip's links in a ring.
+  what passes one chip's links in a ring of links that go both ways.
 """
 
 import dataclasses
 import functools
+import itertools
 import math
 import re
 from collections import Counter
+from collections.abc import Iterator
 
 from heal_jax.plan.hlo import Array, Computation, Instruction, parse, trip_count
 
@@ -66,6 +69,8 @@ class Compiled:
     def __init__(self, text: str, slots: int = 0):
         self.computations, self.entry = parse(text)
         self.slots = slots
+        partitions = re.search(r"\bnum_partitions=(\d+)", text[: text.find("\n")])
+        self.chips = int(partitions[1]) if partitions else 1
 
     def cost(self, trips: float) -> Cost:
         """One execution, with `trips` decode steps."""
@@ -85,7 +90,7 @@ class Compiled:
             if opcode == "while":
                 count = trip_count(instruction, computation, self.computations)
                 inside = whole(instruction.called("body")[0]).plus(whole(instruction.called("condition")[0]))
-                if count is None and not self._cache(instruction):
+                if count is None and not self._caches(instruction):
                     return inside.plus(Cost(uncounted=Counter({"while (data decide how often)": 1})))
                 return Cost().plus(inside, trips if count is None else count)
             if opcode == "conditional":
@@ -108,10 +113,12 @@ class Compiled:
         if opcode == "fusion":
             inner = self.computations[instruction.called("calls")[0]]
             flops, collective, uncounted = self._inside(instruction.called("calls")[0])
-            bytes_ = self._fusion_bytes(instruction, inner, computation) + 2 * sum(collective.payload.values())
+            bytes_ = self._fusion_bytes(instruction, inner, computation, bool(collective.collectives))
         elif (kind := opcode.removesuffix("-start")) in _COLLECTIVES:
-            collective = _collective(kind, instruction, self._operands(instruction, computation))
-            bytes_ = 2 * sum(collective.payload.values()) if _in_hbm(instruction.arrays) else 0.0
+            operands = self._operands(instruction, computation)
+            collective = _collective(kind, instruction, operands, self.chips)
+            moved = *itertools.chain(*operands), *_results(instruction, operands)
+            bytes_ = sum(a.size for a in moved if a.in_hbm)
         elif opcode == "custom-call":
             target = re.search(r'custom_call_target="([^"]*)"', instruction.attributes)
             if target and _COMPUTES.match(target[1]):
@@ -144,7 +151,8 @@ class Compiled:
                 # The TPU compiler writes a reduce-scatter as an all-reduce fused with the slice that each chip keeps.
                 sliced = any(user.opcode == "dynamic-slice" for user in computation.users[instruction.name])
                 kind = "reduce-scatter" if kind == "all-reduce" and sliced else kind
-                collective = collective.plus(_collective(kind, instruction, self._operands(instruction, computation)))
+                operands = self._operands(instruction, computation)
+                collective = collective.plus(_collective(kind, instruction, operands, self.chips))
             elif instruction.opcode == "custom-call":
                 target = re.search(r'custom_call_target="([^"]*)"', instruction.attributes)
                 if target and _COMPUTES.match(target[1]):
@@ -164,35 +172,39 @@ class Compiled:
             return _convolution_flops(instruction, lhs.dims, rhs.dims)
         return 0.0
 
-    def _fusion_bytes(self, fusion: Instruction, inner: Computation, outer: Computation) -> float:
+    def _fusion_bytes(self, fusion: Instruction, inner: Computation, outer: Computation, starts: bool) -> float:
+        """HBM traffic of a fusion; `starts`: whether its collectives are counted here, not at another fusion."""
         total = 0.0
         for name, parameter in zip(fusion.operands, inner.parameters):
             arrays = outer.instructions[name].arrays
             if _in_hbm(arrays):
-                total += _read(inner, parameter, sum(a.size for a in arrays))
+                total += _read(inner, parameter, sum(a.size for a in arrays), starts)
         root = inner.instructions[inner.root]
         roots = [inner.instructions[name] for name in root.operands] if root.opcode == "tuple" else [root]
         for array, result in zip(fusion.arrays, roots):
             if array.in_hbm:
-                total += _written(inner, result, array.size)
+                total += _written(inner, result, array.size, starts)
         return total
 
-    def _cache(self, loop: Instruction) -> float:
-        """Bytes of the caches ([B, K, E, S] and [B, K, S, E]) among what a loop carries."""
-        if not self.slots:
-            return 0.0
-        return sum(a.size for a in loop.arrays if len(a.dims) == 4 and self.slots in a.dims[2:])
+    def _caches(self, loop: Instruction) -> list[Array]:
+        """The caches ([B, K, E, S] and [B, K, S, E]) among what a loop carries."""
+        return [a for a in loop.arrays if self.slots and len(a.dims) == 4 and self.slots in a.dims[2:]]
+
+    def _decode_loops(self) -> Iterator[list[Array]]:
+        for computation in self.computations.values():
+            for loop in (i for i in computation.instructions.values() if i.opcode == "while"):
+                caches = self._caches(loop)
+                if caches and trip_count(loop, computation, self.computations) is None:
+                    yield caches
+
+    @property
+    def has_decode_loop(self) -> bool:
+        return any(True for _ in self._decode_loops())
 
     @property
     def cache(self) -> float:
-        """Bytes of the decode loop's cache on a chip."""
-        loops = [
-            self._cache(instruction)
-            for computation in self.computations.values()
-            for instruction in computation.instructions.values()
-            if instruction.opcode == "while" and trip_count(instruction, computation, self.computations) is None
-        ]
-        return max(loops, default=0.0)
+        """Bytes of the decode loop's cache in a chip's HBM (a small one lies in on-chip memory)."""
+        return max((sum(a.size for a in caches if a.in_hbm) for caches in self._decode_loops()), default=0.0)
 
 
 def _in_hbm(arrays: tuple[Array, ...]) -> bool:
@@ -207,14 +219,18 @@ def _through(computation: Computation, name: str) -> list[Instruction]:
     return found
 
 
-def _read(inner: Computation, parameter: str, size: float) -> float:
-    """Bytes a fusion reads of a parameter: its slices where it only slices, none where it only updates, else `size`."""
+def _read(inner: Computation, parameter: str, size: float, starts: bool) -> float:
+    """Bytes a fusion reads of a parameter: its slices where it only slices, none where it only updates or where a
+    collective goes on that started before, else `size`.
+    """
     names = {parameter} | {u.name for u in inner.users[parameter] if u.opcode in ("bitcast", "reshape")}
     root = inner.instructions[inner.root]
     total = 0.0
     for user in _through(inner, parameter):
         if user is root and root.opcode == "tuple":
             continue  # passes through
+        if user.opcode.removesuffix("-start") in _COLLECTIVES and not starts:
+            continue
         first = user.operands[0] in names
         if first and user.opcode in ("dynamic-slice", "slice", "gather"):
             total += sum(a.size for a in user.arrays)
@@ -223,11 +239,11 @@ def _read(inner: Computation, parameter: str, size: float) -> float:
     return min(size, total)
 
 
-def _written(inner: Computation, result: Instruction, size: float) -> float:
+def _written(inner: Computation, result: Instruction, size: float, starts: bool) -> float:
     """Bytes a fusion writes of a result: what an update in place touches, nothing of what passes through, else all."""
     while result.opcode in ("bitcast", "reshape"):
         result = inner.instructions[result.operands[0]]
-    if result.opcode == "parameter" or result.opcode in _COLLECTIVES:
+    if result.opcode == "parameter" or (result.opcode in _COLLECTIVES and not starts):
         return 0.0
     if result.opcode in ("dynamic-update-slice", "scatter"):
         target = inner.instructions[result.operands[0]]
@@ -255,18 +271,26 @@ def _plain_bytes(instruction: Instruction, operands: list[tuple[Array, ...]]) ->
     return written + sum(a.size for arrays in operands for a in arrays if a.in_hbm)
 
 
-def _collective(kind: str, instruction: Instruction, operands: list[tuple[Array, ...]]) -> Cost:
+def _results(instruction: Instruction, operands: list[tuple[Array, ...]]) -> tuple[Array, ...]:
+    """The arrays that a collective gives; the tuples of most that start repeat their operands first."""
+    repeated = instruction.opcode.endswith("-start") and instruction.opcode != "all-reduce-start"
+    return instruction.arrays[sum(map(len, operands)) if repeated else 0 :]
+
+
+def _collective(kind: str, instruction: Instruction, operands: list[tuple[Array, ...]], chips: int) -> Cost:
     """One collective: `payload` is the larger of what a chip puts in and gets out, `wire` what a ring moves of it."""
     given = sum(a.size for arrays in operands for a in arrays)
-    got = sum(a.size for a in instruction.arrays)
-    size = max(given, got - given if instruction.opcode.endswith("-start") else got)
-    group = _group_size(instruction.attributes)
-    share = {"all-reduce": 2 * (group - 1) / group, "collective-permute": 1.0}.get(kind, (group - 1) / group)
-    return Cost(wire=size * share, collectives=Counter({kind: 1}), payload=Counter({kind: size}))
+    size = max(given, sum(a.size for a in _results(instruction, operands)))
+    group = _group_size(instruction.attributes, chips)
+    once = (group - 1) / group
+    # To all: what goes to a chip d further on passes d links, the shorter way round.
+    to_all = sum(min(d, group - d) for d in range(group)) / group
+    shares = {"all-reduce": 2 * once, "all-to-all": to_all, "ragged-all-to-all": to_all, "collective-permute": 1.0}
+    return Cost(wire=size * shares.get(kind, once), collectives=Counter({kind: 1}), payload=Counter({kind: size}))
 
 
-def _group_size(attributes: str) -> int:
-    """Chips of one replica group, in any of HLO's three notations; 2 where there is none."""
+def _group_size(attributes: str, chips: int) -> int:
+    """Chips of one replica group, in any of HLO's three notations; all where there is none."""
     listed = re.search(r"replica_groups=\{\{([\d,]*)\}", attributes)
     if listed:
         return len(listed[1].split(","))
@@ -277,7 +301,7 @@ def _group_size(attributes: str) -> int:
     if named:
         sizes = {axis: int(size) for axis, size in re.findall(r"'([^']*)'=(\d+)", named[1])}
         return math.prod(sizes[axis] for axis in re.findall(r"'([^']*)'", named[2]))
-    return 2
+    return chips
 
 
 def _convolution_flops(instruction: Instruction, lhs: tuple[int, ...], rhs: tuple[int, ...]) -> float:

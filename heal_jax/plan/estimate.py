@@ -28,10 +28,10 @@ class Roof:
     name: str
 
 
-def roof(cost: Cost, chip: Chip) -> Roof:
-    """The least time of a chip for this work."""
+def roof(cost: Cost, chip: Chip, passes: int = 1) -> Roof:
+    """The least time of a chip for this work; `passes`: of its matrix unit through each product."""
     times = {
-        "compute": cost.flops / chip.flops,
+        "compute": passes * cost.flops / chip.flops,
         "memory": cost.bytes / chip.hbm_bandwidth,
         "links": cost.wire / chip.link,
     }
@@ -74,16 +74,20 @@ class Estimate:
     def fits(self) -> bool:
         return self.memory is not None and self.needs <= self.usable
 
+    def roof(self, cost: Cost) -> Roof:
+        """The least time of a chip for this part of the program."""
+        return roof(cost, self.chip, self.program.passes)
+
     @property
     def seconds(self) -> float:
-        """Of one call."""
-        if self.once is None or self.step is None:
+        """Of one call; NaN where the program does not fit."""
+        if self.once is None or self.step is None or not self.fits:
             return math.nan
-        return roof(self.once, self.chip).seconds + self.program.steps * roof(self.step, self.chip).seconds
+        return self.roof(self.once).seconds + self.program.steps * self.roof(self.step).seconds
 
     @property
     def chip_hours(self) -> float:
-        """Of all calls of the run."""
+        """Of all calls of the run; NaN where the program does not fit."""
         return self.seconds * self.program.calls * self.chips / 3600
 
     @property
@@ -104,7 +108,9 @@ class Estimate:
 
 
 def estimate(program: Program, mesh: Mesh, topology: Topology) -> Estimate:
-    """Compile and read. A program that does not fit is an estimate; raises RunError for any other refusal."""
+    """Compile and read. A program that does not fit is an estimate; raises RunError for any other refusal, and for a
+    compiled program that cannot be read.
+    """
     usable, chip = backend.usable_hbm(topology), topology.chip
     try:
         return read(program, program.lower(mesh).compile(), mesh, usable, topology)
@@ -118,12 +124,19 @@ def estimate(program: Program, mesh: Mesh, topology: Topology) -> Estimate:
             ) from error
         needs = found[0] + program.memory(mesh)["resident"]
         return Estimate(program, usable, None, needs, None, None, chip, topology.chips, _layers(program))
+    except (ValueError, KeyError) as error:
+        raise RunError(
+            f"{topology.name}, {program.name}: the compiler wrote what heal plan cannot read ({error}); use the "
+            "versions that pip install 'heal-jax[plan]' brings"
+        ) from error
 
 
 def read(program: Program, compiled: Any, mesh: Mesh, usable: float, topology: Topology) -> Estimate:
     """The figures of a compiled program."""
     parsed = Compiled(compiled.as_text(), program.slots)
     parts, cache, used = program.memory(mesh), parsed.cache, compiled.memory_analysis()
+    if program.steps and not parsed.has_decode_loop:
+        raise ValueError(f"no loop that carries a cache of {program.slots} slots")
     # Not peak_memory_in_bytes, which counts on-chip memory in.
     held = used.argument_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes
     held += used.temp_size_in_bytes + used.generated_code_size_in_bytes

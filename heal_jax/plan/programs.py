@@ -1,7 +1,8 @@
 """The programs of a run, as `heal run` compiles them, with nothing allocated: the same functions, the same shapes.
 
-Three functions cover the run: `roll_out` (sample, hindsight, repair, evaluate), `score` (PURE) and `train_step` (one
-program for the three stages of both students: rows are as long as the longest example of all).
+Three functions do all but a little of the run's work on the chips: `roll_out` (sample, hindsight, repair, evaluate),
+`score` (PURE) and `train_step` (one program for the three stages of both students: rows are as long as the longest
+example of all). Finding steps and breakpoints, which reads the sampled ids once, is left out.
 """
 
 import dataclasses
@@ -15,7 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from heal_jax.config import Config, ModelSpec
+from heal_jax.config import Config, ModelSpec, TrainSpec
+from heal_jax.errors import InputError
 from heal_jax.model.config import DecoderConfig, decoder_config
 from heal_jax.model.decoder import Model, abstract
 from heal_jax.model.lm import resolve
@@ -72,7 +74,7 @@ class Program:
     stages: tuple[str, ...]
     model: Weights
     resident: tuple[Weights, ...]
-    calls: float
+    calls: int
     steps: int = 0
     slots: int = 0
 
@@ -92,6 +94,11 @@ class Program:
     def analytic(self) -> tuple[float, float]:
         """FLOPs of matrix products by formula, all chips together: once a call, and each decode step."""
         raise NotImplementedError
+
+    @property
+    def passes(self) -> int:
+        """Of a TPU's matrix unit, which multiplies bfloat16, through each product."""
+        return 6 if self.model.dtype == "float32" else 1
 
     def memory(self, mesh: Mesh) -> dict[str, float]:
         """Bytes a chip of the weights, the optimizer's state, and other models' weights."""
@@ -160,28 +167,27 @@ class Score(Program):
 class Train(Program):
     rows: int = dataclasses.field(kw_only=True)
     width: int = dataclasses.field(kw_only=True)
-    config: Config = dataclasses.field(kw_only=True)
+    spec: TrainSpec = dataclasses.field(kw_only=True)
 
     @property
     def shape(self) -> str:
-        return f"{self.rows} rows, {self.width} tokens"
+        return f"{self.rows} rows, {self.width} tokens; every stage of HEAL and of the baseline"
 
     def _state(self, mesh: Mesh) -> dict[str, Any]:
-        transform = optimizer(self.config.train, self.config.train.steps)
-        return abstract_state(self.model.on(mesh), transform, mesh)
+        return abstract_state(self.model.on(mesh), optimizer(self.spec, self.spec.steps), mesh)
 
     def lower(self, mesh: Mesh) -> Any:
         model, state = self.model.on(mesh), self._state(mesh)
-        transform = optimizer(self.config.train, self.config.train.steps)
+        transform = optimizer(self.spec, self.spec.steps)
         batch = [jax.ShapeDtypeStruct((self.rows, self.width), kind) for kind in (jnp.int32, jnp.bool_)]
         pinned = tuple(leaf.sharding for leaf in jax.tree.leaves((state["params"], state["opt_state"])))
         dtype = jnp.dtype(self.model.dtype)
         arguments = model.graph, transform, state["params"], state["opt_state"], *_placed(mesh, batch)
         with using(mesh):
-            return train_step.lower(*arguments, dtype, pinned, self.config.train.remat)
+            return train_step.lower(*arguments, dtype, pinned, self.spec.remat)
 
     def analytic(self) -> tuple[float, float]:
-        return self.rows * flops.training(self.model.config, self.width, self.config.train.remat), 0.0
+        return self.rows * flops.training(self.model.config, self.width, self.spec.remat), 0.0
 
     def memory(self, mesh: Mesh) -> dict[str, float]:
         state = self._state(mesh)
@@ -210,12 +216,20 @@ def folders(config: Config) -> dict[str, Path]:
 
 
 def programs(config: Config, work: Workload, mesh: Mesh) -> list[Program]:
-    """Every program of the run, equal ones once, in the order of the stages."""
+    """Every program of the run, equal ones once, in the order of the stages. Raises InputError where contexts and new
+    tokens are more than a model has positions for.
+    """
 
     def weights(name: str, spec: ModelSpec) -> Weights:
         return Weights(name, decoder_config(folders(config)[name]), spec.dtype)
 
     teacher, student = weights("teacher", config.teacher), weights("student", config.student)
+    for model, prompt in ((teacher, work.shown + work.hint), (student, work.held_out_prompts["student"])):
+        if (need := bucket(prompt) + bucket(config.sample.max_new_tokens)) > model.config.max_positions:
+            raise InputError(
+                f"{need} positions are needed (sample.max_new_tokens and what comes before), the {model.name} has "
+                f"{model.config.max_positions}; lower sample.max_new_tokens"
+            )
     found: list[Program] = []
     for program in _all(config, work, mesh, teacher, student):
         same = [i for i, other in enumerate(found) if _same(program, other)]
@@ -261,7 +275,7 @@ def _all(config: Config, work: Workload, mesh: Mesh, teacher: Weights, student: 
     yield Score(("score",), teacher, (), calls, rows=rows, width=score_width(config, work.prompt))
     width = bucket(config.train.max_tokens)
     updates = 2 * config.train.steps  # HEAL and the baseline
-    yield Train(("train",), student, (student,), updates, rows=config.train.batch, width=width, config=config)
+    yield Train(("train",), student, (student,), updates, rows=config.train.batch, width=width, spec=config.train)
     # Other models' weights that are in memory then: the student as it was, from before its training on.
     for model, calls in ((teacher, 1), (student, 3)):
         shape = evaluate_shape(config, work.held_out_prompts[model.name])

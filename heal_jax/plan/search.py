@@ -3,7 +3,7 @@
 Every mesh that divides the models and every batch are candidates. None is compiled whose weights, cache and optimizer
 alone do not fit, or that cannot beat the best found: a bound on its chip-hours follows from the FLOPs by formula and
 from the weights and the cache that each decode step reads. The others are compiled with few layers and extrapolated,
-since layers are alike; the winner is then compiled whole.
+since layers are alike; the winner is then compiled whole (`fast`: but for programs without a cache).
 """
 
 import dataclasses
@@ -12,17 +12,18 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from heal_jax.config import Config, MeshSpec
 from heal_jax.divide import divides, sizes
 from heal_jax.errors import InputError
 from heal_jax.model.config import DecoderConfig
-from heal_jax.model.mesh import describe, make_mesh, shapes
+from heal_jax.model.mesh import make_mesh, shapes
 from heal_jax.plan import backend
 from heal_jax.plan.estimate import Estimate, Memory, estimate
 from heal_jax.plan.programs import Program, RollOut, Train, folders, programs
-from heal_jax.plan.slices import Slice, models
+from heal_jax.plan.slices import Slice, models, setting
 from heal_jax.plan.topology import Topology
 from heal_jax.plan.workload import Assumptions, Workload, workload
 
@@ -43,7 +44,7 @@ class Candidate:
 
     @property
     def setting(self) -> str:
-        return f"mesh {describe(dict(self.mesh.shape))}, sample.batch {self.config.sample.batch}"
+        return setting(self.mesh.shape, self.config.sample.batch)
 
 
 def search(
@@ -70,7 +71,7 @@ def search(
             candidate = untried.pop(0)
             cost = _cost(candidate, measured)
             backend.let_go()
-            said = f"{cost:,.1f} chip-hours" if cost < math.inf else "does not fit"
+            said = f"{cost:,.3g} chip-hours" if cost < math.inf else "does not fit"
             say(f"{topology.name}: {candidate.setting}: {said}")
             if cost < math.inf:
                 costs.append((cost, candidate))
@@ -134,10 +135,12 @@ def _candidate(config: Config, mesh: Mesh, topology: Topology, work: Workload) -
     for program in made:
         held = program.memory(mesh)
         cache = _cache(program, mesh)
-        # A training step holds gradients of the size of the weights, too.
-        gradients = held["weights"] if isinstance(program, Train) else 0.0
+        # A training step holds gradients, too, of the type that the model computes in.
+        width = jnp.dtype(program.model.dtype).itemsize / 4  # the weights of training are float32
+        gradients = held["weights"] * width if isinstance(program, Train) else 0.0
         needs = max(needs, sum(held.values()) + cache + gradients)
-        once, step = (flops / topology.chips / topology.chip.flops for flops in program.analytic())
+        peak = topology.chips * topology.chip.flops / program.passes
+        once, step = (flops / peak for flops in program.analytic())
         read = max(0.0, held["weights"] + cache - ON_CHIP) / topology.chip.hbm_bandwidth
         # Compiled programs leave some products out (of single rows, of unused logits), so formulas bound them loosely.
         seconds = 0.8 * once + program.steps * 0.8 * max(step, read)
@@ -150,7 +153,7 @@ def _cache(program: Program, mesh: Mesh) -> float:
     if not isinstance(program, RollOut):
         return 0.0
     c, b = program.model.config, program.batch
-    width = 2 * c.num_layers * c.num_kv_heads * c.head_dim * (2 if program.model.dtype == "bfloat16" else 4)
+    width = 2 * c.num_layers * c.num_kv_heads * c.head_dim * jnp.dtype(program.model.dtype).itemsize
     return width * b.contexts * b.repeats * b.slots / mesh.size
 
 
@@ -165,7 +168,11 @@ def depths(config: DecoderConfig) -> tuple[int, int]:
 
 
 def extrapolated(program: Program, mesh: Mesh, topology: Topology) -> Estimate:
-    """An estimate from two shallower ones: every figure is taken to grow linearly with the layers."""
+    """An estimate from two shallower ones: every figure is taken to grow linearly with the layers.
+
+    Temporary memory does not where something else than the layers is the most of few of them (in a roll-out the
+    prefill, of many the cache), so that a roll-out's can be too low.
+    """
     layers, (few, more) = program.model.config.num_layers, depths(program.model.config)
     if layers <= more:
         return estimate(program, mesh, topology)
@@ -181,6 +188,11 @@ def extrapolated(program: Program, mesh: Mesh, topology: Topology) -> Estimate:
         return x + times * (y - x)
 
     memory = Memory(*map(line, dataclasses.astuple(a.memory), dataclasses.astuple(b.memory)))
-    memory = dataclasses.replace(memory, **program.memory(mesh))
+    memory = dataclasses.replace(memory, **program.memory(mesh), temporary=max(memory.temporary, 0.0))
     once, step = a.once.plus(b.once.plus(a.once, -1), times), a.step.plus(b.step.plus(a.step, -1), times)
     return Estimate(program, a.usable, memory, memory.total, once, step, a.chip, a.chips, (few, more))
+
+
+def fast(program: Program, mesh: Mesh, topology: Topology) -> Estimate:
+    """Roll-outs compiled whole, which takes a minute or two; scoring and training, which take longer, extrapolated."""
+    return (estimate if program.steps else extrapolated)(program, mesh, topology)

@@ -8,18 +8,10 @@ from rich.text import Text
 
 from heal_jax.plan import backend
 from heal_jax.plan.cost import Cost
-from heal_jax.plan.estimate import Estimate, roof
+from heal_jax.plan.estimate import Estimate
 from heal_jax.plan.slices import Slice
 
 GB = 1e9
-SHORT = {
-    "all-reduce": "reduce",
-    "all-gather": "gather",
-    "reduce-scatter": "scatter",
-    "all-to-all": "to-all",
-    "collective-permute": "permute",
-    "ragged-all-to-all": "ragged",
-}
 
 
 def show(plan: Slice, console: Console) -> None:
@@ -34,11 +26,11 @@ def show(plan: Slice, console: Console) -> None:
             soft_wrap=True,
             markup=False,
         )
-    console.print(_memory(plan))
-    console.print(_work(plan))
-    console.print(_run(plan))
-    if any(e.layers != (e.program.model.config.num_layers,) for e in plan.estimates):
-        console.print("note: extrapolated from compilations with few layers; without --fast all are compiled")
+    for table in (_programs(plan), _memory(plan), _work(plan), _collectives(plan), _run(plan)):
+        if table.row_count:
+            console.print(table)
+    if few := [e.program.name for e in plan.estimates if e.layers != (e.program.model.config.num_layers,)]:
+        console.print(f"note: extrapolated from compilations with few layers: {', '.join(few)}", soft_wrap=True)
     for e in plan.estimates:
         for warning in e.warnings:
             console.print(f"note: {e.program.name}: {warning}", soft_wrap=True, markup=False)
@@ -49,59 +41,62 @@ def show(plan: Slice, console: Console) -> None:
     )
 
 
-def _table(title: str, *columns: str) -> Table:
+def _table(title: str, *columns: str, left: int = 1) -> Table:
+    """The first `left` columns are words, the others figures."""
     table = Table(title=title, title_justify="left", title_style="", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for i, column in enumerate(columns):
-        wraps = i == 0 or column.startswith("collectives")
-        table.add_column(
-            column, justify="left" if i == 0 else "right", no_wrap=not wraps, min_width=16 if i == 0 else None
-        )
+        table.add_column(column, justify="left" if i < left else "right", no_wrap=i >= left)
+    return table
+
+
+def _programs(plan: Slice) -> Table:
+    table = _table("Programs", "program", "model", "shape", left=3)
+    for e in plan.estimates:
+        table.add_row(e.program.name, e.program.model.name, e.program.shape)
     return table
 
 
 def _memory(plan: Slice) -> Table:
     table = _table(
-        f"Memory, GB a chip (of {plan.estimates[0].usable / GB:.1f} usable)",
-        *("program", "model", "weights", "optimizer", "other models", "cache", "temporary", "needs", "fits"),
+        f"Memory, GB a chip (of {plan.estimates[0].usable / GB:.1f} usable; other: models that wait)",
+        *("program", "fits", "needs", "weights", "optimizer", "other", "cache", "temporary"),
     )
     for e in plan.estimates:
         m = e.memory
         parts = ("weights", "optimizer", "resident", "cache", "temporary")
         cells = [f"{getattr(m, part) / GB:.2f}" if m and getattr(m, part) else "-" for part in parts]
-        table.add_row(
-            f"{e.program.name}: {e.program.shape}",
-            e.program.model.name,
-            *cells,
-            f"{e.needs / GB:.2f}",
-            "yes" if e.fits else "NO",
-        )
+        table.add_row(e.program.name, "yes" if e.fits else "NO", f"{e.needs / GB:.2f}", *cells)
     return table
+
+
+def _parts(e: Estimate) -> list[tuple[str, Cost]]:
+    """What is counted of a program, with names; nothing of one that the compiler refused."""
+    if e.once is None or e.step is None:
+        return []
+    if e.program.steps:
+        return [("prefill", e.once), ("step", e.step)]
+    return [("update" if "train" in e.program.stages else "batch", e.once)]
 
 
 def _work(plan: Slice) -> Table:
-    table = _table(
-        "Work of a chip", "program", "unit", "TFLOP", "GB of HBM", "collectives (number, kind, GB)", "time", "roof"
-    )
+    table = _table("Work of a chip", "program", "part", "TFLOP", "HBM GB", "link GB", "time", "roof", left=2)
     for e in plan.estimates:
-        if e.once is None or e.step is None:
-            table.add_row(e.program.name, *["-"] * 6)
-            continue
-        if e.program.steps:
-            table.add_row(e.program.name, "prefill", *_cost(e.once, e))
-            table.add_row("", "decode step", *_cost(e.step, e))
-        else:
-            table.add_row(e.program.name, "update" if e.program.stages[0] == "train" else "batch", *_cost(e.once, e))
+        for i, (part, cost) in enumerate(_parts(e)):
+            limit = e.roof(cost)
+            figures = (_digits(cost.flops / 1e12), _digits(cost.bytes / GB), _digits(cost.wire / GB))
+            table.add_row("" if i else e.program.name, part, *figures, _time(limit.seconds), limit.name)
     return table
 
 
-def _cost(cost: Cost, e: Estimate) -> list[str]:
-    kinds = sorted((k for k in cost.payload if cost.payload[k] >= 1e3), key=lambda k: -cost.payload[k])
-    parts = [(SHORT[k], cost.collectives[k], cost.payload[k]) for k in kinds[:2]]
-    if len(kinds) > 2:
-        parts.append(("other", sum(cost.collectives[k] for k in kinds[2:]), sum(cost.payload[k] for k in kinds[2:])))
-    said = ", ".join(f"{number:.0f} {kind} {size / GB:.2g}" for kind, number, size in parts)
-    limit = roof(cost, e.chip)
-    return [_digits(cost.flops / 1e12), _digits(cost.bytes / GB), said or "-", _time(limit.seconds), limit.name]
+def _collectives(plan: Slice) -> Table:
+    table = _table("Collectives", "program", "part", "number, kind, GB of a chip", left=3)
+    for e in plan.estimates:
+        for part, cost in _parts(e):
+            kinds = sorted((k for k in cost.payload if cost.payload[k] >= 1e3), key=lambda k: -cost.payload[k])
+            said = ", ".join(f"{cost.collectives[k]:.0f} {k} {_digits(cost.payload[k] / GB)}" for k in kinds)
+            if said:
+                table.add_row(e.program.name, part, said)
+    return table
 
 
 def _run(plan: Slice) -> Table:

@@ -1,7 +1,7 @@
 """The plan of a run on one slice: every program compiled, the whole run added up."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jax.sharding import Mesh
@@ -12,7 +12,7 @@ from heal_jax.model.config import decoder_config
 from heal_jax.model.mesh import describe, make_mesh
 from heal_jax.plan import backend
 from heal_jax.plan.cost import Cost
-from heal_jax.plan.estimate import Estimate, estimate, roof
+from heal_jax.plan.estimate import Estimate, estimate
 from heal_jax.plan.programs import Program, folders, programs
 from heal_jax.plan.topology import Topology
 from heal_jax.plan.workload import Assumptions, Workload, workload
@@ -40,12 +40,25 @@ class Slice:
 
     @property
     def setting(self) -> str:
-        return f"mesh {describe(self.mesh)}, sample.batch {self.batch}"
+        return setting(self.mesh, self.batch)
+
+
+def setting(shape: Mapping[str, int], batch: int) -> str:
+    """What a search chooses, in words."""
+    return f"mesh {describe(shape)}, sample.batch {batch}"
 
 
 def models(config: Config) -> dict[str, Any]:
     """The decoders' configurations, by name. Raises InputError where a folder has no usable config.json."""
     return {name: decoder_config(folder) for name, folder in folders(config).items()}
+
+
+def prepare(config: Config, topology: Topology, assumptions: Assumptions) -> tuple[Mesh, Workload, list[Program]]:
+    """All but the compiling. Raises InputError for a mesh or lengths that do not go with the slice or the models."""
+    mesh = make_mesh(dataclasses.asdict(config.mesh), backend.devices(topology))
+    require(mesh.shape, sizes(config, models(config)))
+    work = workload(config, folders(config), assumptions)
+    return mesh, work, programs(config, work, mesh)
 
 
 def plan_slice(
@@ -58,13 +71,11 @@ def plan_slice(
 ) -> Slice:
     """Compile every program of the run for the slice; `measure` says how (whole, or with few layers).
 
-    Raises InputError for a mesh that does not go with the slice.
+    Raises InputError as `prepare` does.
     """
-    mesh = make_mesh(dataclasses.asdict(config.mesh), backend.devices(topology))
-    require(mesh.shape, sizes(config, models(config)))
-    work = workload(config, folders(config), assumptions)
+    mesh, work, made = prepare(config, topology, assumptions)
     found = []
-    for program in programs(config, work, mesh):
+    for program in made:
         say(f"{topology.name}: compiling {program.name} ({program.model.config.num_layers} layers)")
         found.append(measure(program, mesh, topology))
         backend.let_go()
@@ -94,9 +105,9 @@ def _program(e: Estimate) -> dict[str, Any]:
     def cost(work: Cost | None) -> dict[str, Any] | None:
         if work is None:
             return None
-        limit = roof(work, e.chip)
+        limit = e.roof(work)
         kinds = {k: {"count": n, "bytes": work.payload[k]} for k, n in work.collectives.items() if n}
-        figures = {"flops": work.flops, "bytes": work.bytes, "collectives": kinds}
+        figures = {"flops": work.flops, "bytes": work.bytes, "link_bytes": work.wire, "collectives": kinds}
         return {**figures, "roofline_seconds": limit.seconds, "roof": limit.name}
 
     program: Program = e.program
@@ -114,7 +125,7 @@ def _program(e: Estimate) -> dict[str, Any]:
         "step": cost(e.step) if program.steps else None,
         "steps": program.steps,
         "calls": program.calls,
-        "seconds_a_call": e.seconds if e.memory else None,
-        "chip_hours": e.chip_hours if e.memory else None,
+        "seconds_a_call": e.seconds if e.fits else None,
+        "chip_hours": e.chip_hours if e.fits else None,
         "warnings": e.warnings,
     }

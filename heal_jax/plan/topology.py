@@ -23,7 +23,9 @@ class Chip:
 
     @property
     def link(self) -> float:
-        """Bytes a second that a collective moves: it runs along one axis of the torus, over that axis's two links."""
+        """Bytes a second that a collective moves: it runs along one axis of the torus, over that axis's two links. That
+        is the most: an axis of a small slice does not wrap around, and a ring over it has half of this.
+        """
         return self.ici / self.axes
 
 
@@ -33,7 +35,7 @@ CHIPS = {
     "v6e": Chip(flops=918e12, hbm_bandwidth=1638e9, hbm=32 * 2**30, ici=400e9, axes=2),
 }
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
+_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16")
 SLICES = {"v5e": _FLAT, "v5p": _CUBES, "v6e": _FLAT}
 
 
@@ -47,7 +49,9 @@ class Topology:
         kind, _, shape = self.name.partition(":")
         if shape not in SLICES.get(kind, ()):
             known = "; ".join(f"{chip}: {' '.join(slices)}" for chip, slices in SLICES.items())
-            raise InputError(f"--topology {self.name}: no such slice; write CHIP:SHAPE as in v5e:4x8 ({known})")
+            raise InputError(
+                f"--topology {self.name}: not a slice that heal plan knows; write CHIP:SHAPE as in v5e:4x8 ({known})"
+            )
 
     @property
     def chip(self) -> Chip:

@@ -16,8 +16,7 @@ from jax import Array
 from heal_jax.model.decoder import Cache, Decoder, empty_cache, repeat_rows, with_slots
 from heal_jax.model.mesh import constrain
 from heal_jax.rollout.sampling import Rule, apply
-
-MADE_AT_ONCE = 512  # slots of a cache that is allocated whole
+from heal_jax.shapes import MADE_AT_ONCE
 
 
 class Rollouts(NamedTuple):
