@@ -5,7 +5,7 @@ import re
 import shutil
 from pathlib import Path
 
-from heal_jax.errors import InputError
+from heal_jax.errors import InputError, RunError
 from heal_jax.evaluate import trained
 from heal_jax.model.config import both_spellings, read_config_json
 from heal_jax.model.lm import LanguageModel
@@ -45,7 +45,7 @@ def save(lm: LanguageModel, folder: Path) -> None:
     """Write config.json, safetensors and the source tokenizer's files; a model folder of that name is replaced.
 
     Written beside it first and renamed, so that the folder is whole or not there. Raises InputError where it cannot be
-    written or holds something else.
+    made or holds something else, RunError where writing fails, as on a full disk; an older folder then stays.
     """
     if not primary():
         return save_weights(lm.model, folder)  # its part in gathering them
@@ -61,12 +61,16 @@ def save(lm: LanguageModel, folder: Path) -> None:
         raise InputError(f"{folder}: cannot be written ({error.strerror}); give another path") from None
     dtype = str(lm.model.params["embed"][...].dtype)
     config = both_spellings(read_config_json(lm.folder), dtype)
-    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    for name in TOKENIZER_FILES:
-        if (lm.folder / name).is_file():
-            shutil.copyfile(lm.folder / name, partial / name)
-    save_weights(lm.model, partial)
-    if folder.exists():
-        folder.rename(old)
-    partial.rename(folder)
+    try:
+        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        for name in TOKENIZER_FILES:
+            if (lm.folder / name).is_file():
+                shutil.copyfile(lm.folder / name, partial / name)
+        save_weights(lm.model, partial)
+        if folder.exists():
+            folder.rename(old)
+        partial.rename(folder)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise RunError(f"{folder}: cannot be written ({error.strerror}); make room and try again") from None
     shutil.rmtree(old, ignore_errors=True)

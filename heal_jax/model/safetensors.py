@@ -1,5 +1,6 @@
 """Tensors of a model folder, read in slices and written in shards (safetensors; never pickles)."""
 
+import errno
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -81,7 +82,7 @@ def write(folder: Path, tensors: Iterator[tuple[str, int, object]], limit: int =
     """Write tensors as model.safetensors, or where they exceed `limit` bytes as shards with an index.
 
     tensors: name, size in bytes, and a function that gives the array; called one shard at a time, by every process;
-    the first one writes.
+    the first one writes. Raises OSError where it cannot.
     """
     shards: list[list[tuple[str, int, object]]] = [[]]
     room = limit
@@ -97,7 +98,10 @@ def write(folder: Path, tensors: Iterator[tuple[str, int, object]], limit: int =
     for name, shard in zip(names, shards):
         arrays = {tensor: np.ascontiguousarray(get()) for tensor, _, get in shard}  # type: ignore[operator]
         if primary():
-            save_file(arrays, folder / name, metadata={"format": "pt"})
+            try:
+                save_file(arrays, folder / name, metadata={"format": "pt"})
+            except SafetensorError as error:  # such as a full disk
+                raise OSError(errno.EIO, str(error)) from None
     if len(shards) > 1 and primary():
         weight_map = {tensor: name for name, shard in zip(names, shards) for tensor, _, _ in shard}
         total = sum(size for shard in shards for _, size, _ in shard)
