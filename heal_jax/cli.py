@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import io
 import math
 import os
@@ -134,12 +135,14 @@ def main() -> None:
         sys.exit(run(sys.argv[1:]))
     from heal_jax import processes
 
+    status = 1
     try:
         status = run(sys.argv[1:])
     except Exception:
-        traceback.print_exc()
-        status = 1
-    processes.leave(status)
+        with contextlib.suppress(OSError):  # a full disk may hold stderr, too
+            traceback.print_exc()
+    finally:
+        processes.leave(status)
     sys.exit(status)
 
 
@@ -152,6 +155,11 @@ def run(argv: list[str]) -> int:
         return 2
     except RunError as error:
         print(f"heal: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO):
+            raise
+        print(f"heal: {error}; make room and give the same command again: it goes on", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         goes_on = "; the same command goes on where it stopped" if argv[0] in {"run", *STAGES} else ""

@@ -1,6 +1,8 @@
 """Writing a model as a Hugging Face folder, and the student of a run into export/."""
 
+import functools
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -10,7 +12,7 @@ from heal_jax.evaluate import trained
 from heal_jax.model.config import both_spellings, read_config_json
 from heal_jax.model.lm import LanguageModel
 from heal_jax.model.weights import save_weights
-from heal_jax.processes import primary
+from heal_jax.processes import once, primary
 from heal_jax.run import Run
 
 # What a tokenizer may consist of; copied byte for byte, so that every engine reads what the source model shipped.
@@ -47,30 +49,53 @@ def save(lm: LanguageModel, folder: Path) -> None:
     Written beside it first and renamed, so that the folder is whole or not there. Raises InputError where it cannot be
     made or holds something else, RunError where writing fails, as on a full disk; an older folder then stays.
     """
-    if not primary():
-        return save_weights(lm.model, folder)  # its part in gathering them
     folder = folder.resolve()
+    partial, old = (folder.with_name(f".{folder.name}.{state}") for state in ("partial", "old"))
+    once(functools.partial(_make_room, folder, partial, old))
+    try:
+        if primary():
+            _write_files(lm, partial)
+        save_weights(lm.model, partial)
+        once(functools.partial(_replace, folder, partial, old))
+    except OSError as error:
+        raise RunError(f"{folder}: cannot be written ({error.strerror}); make room and try again") from None
+    finally:
+        if primary():
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _make_room(folder: Path, partial: Path, old: Path) -> None:
+    if old.exists() and not folder.exists():
+        old.rename(folder)  # a replacement that was cut off between its two renames
     if folder.exists() and (not folder.is_dir() or not all(map(_written_here, folder.iterdir()))):
         raise InputError(f"{folder}: holds other things than a model, so it is not replaced; give another path")
-    partial, old = (folder.with_name(f".{folder.name}.{state}") for state in ("partial", "old"))
     for leftover in (partial, old):
         shutil.rmtree(leftover, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
     except OSError as error:
         raise InputError(f"{folder}: cannot be written ({error.strerror}); give another path") from None
-    dtype = str(lm.model.params["embed"][...].dtype)
-    config = both_spellings(read_config_json(lm.folder), dtype)
+
+
+def _write_files(lm: LanguageModel, partial: Path) -> None:
+    """All but the weights."""
+    config = both_spellings(read_config_json(lm.folder), str(lm.model.params["embed"][...].dtype))
+    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    for name in TOKENIZER_FILES:
+        if (lm.folder / name).is_file():
+            shutil.copyfile(lm.folder / name, partial / name)
+
+
+def _replace(folder: Path, partial: Path, old: Path) -> None:
+    for path in partial.iterdir():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    if folder.exists():
+        folder.rename(old)
     try:
-        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        for name in TOKENIZER_FILES:
-            if (lm.folder / name).is_file():
-                shutil.copyfile(lm.folder / name, partial / name)
-        save_weights(lm.model, partial)
-        if folder.exists():
-            folder.rename(old)
         partial.rename(folder)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise RunError(f"{folder}: cannot be written ({error.strerror}); make room and try again") from None
+    except OSError:
+        if old.exists():
+            old.rename(folder)
+        raise
     shutil.rmtree(old, ignore_errors=True)

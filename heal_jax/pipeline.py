@@ -6,7 +6,7 @@ from heal_jax.collect import hindsight, repair, sample
 from heal_jax.curriculum import curate, train_students
 from heal_jax.evaluate import evaluate
 from heal_jax.export import export
-from heal_jax.processes import primary
+from heal_jax.processes import once
 from heal_jax.report.page import write_report
 from heal_jax.run import Run
 from heal_jax.summary import summarise
@@ -45,6 +45,8 @@ def run_stages(run: Run, names: list[str]) -> None:
 
 
 def _tell(run: Run) -> None:
-    if primary():
+    def tell() -> None:
         summarise(run)
         write_report(run.root)
+
+    once(tell)

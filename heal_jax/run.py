@@ -12,6 +12,7 @@ import platform
 import re
 import shutil
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -140,10 +141,18 @@ def open_run(
     split = sizes(config, {name: decoder_config(folder) for name, folder in folders.items()})
     require(mesh.shape, split)
     tokenizers = {name: open_tokenizer(folder) for name, folder in folders.items()}
+    processes.alike(
+        "start all with the same command, on the same files",
+        config=dump(config),
+        stages=repr(needs),
+        versions=repr(_versions()),
+        problems=_hash([(p.id, p.question, p.answer) for p in (*problems, *held_out)]),
+        tokenizers=repr([tokenizers[name].prompt("State 1 + 2.") for name in folders]),
+    )
     _fits(config, tokenizers, [*problems, *held_out])
     _opens_no_thinking(config, tokenizers["teacher"], plain_question(config, problems[0]))
     for folder in dict.fromkeys(folders.values()):
-        processes.agree(functools.partial(check_weights, folder))
+        processes.once(functools.partial(check_weights, folder))
     facts = {
         "models": {
             name: {
@@ -157,11 +166,17 @@ def open_run(
     }
     directory = _reopen(config, out, facts, needs)
     _writable(out)
-    with _lock(out) if processes.primary() else contextlib.nullcontext(), Grader(config.grade) as grader:
-        if processes.primary():
-            directory = _reopen(config, out, facts, needs)  # again: another process may have worked in it until now
-            _enter(directory, config, mesh, facts, command, progress)
-        directory.manifest = processes.once(lambda: directory.manifest)
+    with contextlib.ExitStack() as stack, Grader(config.grade) as grader:
+
+        def enter() -> Any:
+            stack.enter_context(_lock(out))
+            inside = _reopen(config, out, facts, needs)  # again: another process may have worked in it until now
+            _enter(inside, config, mesh, facts, command, progress)
+            return inside.manifest
+
+        directory.manifest = processes.once(enter)
+        name = out / ".lock"
+        processes.alike("give an --out on a file system that all share", out=name.read_text() if name.is_file() else "")
         for size in undivided(mesh.shape, split):
             progress.say(f"note: the mesh does not divide {size.what}; it stays whole on every device")
         yield Run(config, directory, problems, held_out, grader, progress, mesh, tokenizers)
@@ -176,7 +191,7 @@ def _enter(
         write_text(out / "config.yaml", dump(config))
     circumstances = {
         "heal_jax": __version__,
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": _versions(),
         "python": platform.python_version(),
         "device": {"kind": jax.devices()[0].device_kind, "count": jax.device_count(), "processor": _processor()},
         "processes": processes.count(),
@@ -191,6 +206,10 @@ def _enter(
         changed = [name for name in circumstances if begun.get(name) != circumstances[name]]
         progress.say(f"note: {', '.join(changed)} differ from when {out} was begun; the bytes may, too")
         directory.update(also=[*directory.manifest.get("also", []), circumstances])
+
+
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
 def _hash(data: Any) -> str:
@@ -297,11 +316,17 @@ def _reopen(config: Config, out: Path, facts: dict[str, Any], needs: Sequence[st
 
 @contextlib.contextmanager
 def _lock(out: Path) -> Iterator[None]:
-    """Make the directory; one run works in it. Raises RunError where another one does."""
+    """Make the directory; one run works in it. Raises RunError where another one does. The file then says who."""
     out.mkdir(parents=True, exist_ok=True)
-    with open(out / ".lock", "w") as file:
+    with open(out / ".lock", "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise RunError(f"{out}: another process is working in it; wait for it or use another --out") from None
+        except OSError as error:
+            raise RunError(f"{out}: its file system has no locks ({error.strerror}); use another --out") from None
+        file.truncate(0)
+        file.write(uuid.uuid4().hex)
+        file.flush()
+        os.fsync(file.fileno())
         yield

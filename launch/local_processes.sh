@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One run by N processes on this machine: launch/local_processes.sh N CONFIG OUT [--field value ...]
+# One run by N processes on this machine's CPU: launch/local_processes.sh N CONFIG OUT [--field value ...]
 # The status is 0, or that of the first process that ended badly; the others are then ended too. Needs bash 5.1.
 set -euo pipefail
 if (( $# < 3 )) || [[ ! $1 =~ ^[1-9][0-9]*$ ]]; then
@@ -9,12 +9,23 @@ fi
 n=$1 config=$2 out=$3
 shift 3
 
-# The processes meet at a port that is free now.
+# The processes meet at a port that is free now. They would all claim the same accelerator.
 port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
-export HEAL_COORDINATOR=127.0.0.1:$port HEAL_PROCESSES=$n
+export HEAL_COORDINATOR=127.0.0.1:$port HEAL_PROCESSES=$n JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
+
+# What has not ended ten seconds after it was asked to is killed.
+end() {
+  local left
+  kill $(jobs -p) 2>/dev/null || true
+  for ((left = 100; left; left--)); do
+    [[ -z $(jobs -rp) ]] && return
+    sleep 0.1
+  done
+  kill -KILL $(jobs -p) 2>/dev/null || true
+}
 
 declare -A number=()  # process id -> number in the job
-trap 'kill "${!number[@]}" 2>/dev/null || true; wait' EXIT
+trap end EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 for ((i = 0; i < n; i++)); do

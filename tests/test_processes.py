@@ -229,6 +229,9 @@ def test_weights_split_over_processes(tmp_path):
         ({"HEAL_COORDINATOR": "127.0.0.1:1"}, "HEAL_PROCESSES: a number is expected"),
         ({"HEAL_COORDINATOR": "127.0.0.1:1", "HEAL_PROCESSES": "2", "HEAL_PROCESS_ID": "2"}, "0 to one less"),
         ({"HEAL_COORDINATOR": "127.0.0.1", "HEAL_PROCESSES": "2", "HEAL_PROCESS_ID": "0"}, "HOST:PORT"),
+        ({"HEAL_COORDINATOR": "127.0.0.1:99999", "HEAL_PROCESSES": "2", "HEAL_PROCESS_ID": "0"}, "HOST:PORT"),
+        ({"HEAL_COORDINATOR": "127.0.0.1:1", "HEAL_PROCESSES": "9" * 20}, "HEAL_PROCESSES: a number is expected"),
+        ({"HEAL_PROCESS_ID": "0"}, "HEAL_COORDINATOR is not"),
     ],
 )
 def test_an_environment_that_makes_no_sense(tmp_path, environ, says):
@@ -236,6 +239,149 @@ def test_an_environment_that_makes_no_sense(tmp_path, environ, says):
     process = subprocess.run(command, env=environment(1, **environ), capture_output=True, text=True, timeout=300)
     assert process.returncode == 2 and says in process.stderr and process.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def ends(running: list[subprocess.Popen]) -> list[tuple[int, str]]:
+    """The status of each process and the last thing that it said."""
+    said = [process.communicate(timeout=PATIENCE)[1].strip() for process in running]
+    assert not any("Traceback" in text for text in said), said
+    return [(process.returncode, text.splitlines()[-1]) for process, text in zip(running, said)]
+
+
+@pytest.mark.parametrize("field, words", [("--seed", "config"), ("--out", "on a file system that all share")])
+def test_processes_that_are_not_of_one_run(tmp_path, field, words):
+    """Of another seed, or with a folder of its own: all are refused."""
+    arguments = [*COMMAND, "sample", TINY, "--out", tmp_path / "out", *SETTINGS, *mesh_arguments(**EIGHT), field]
+    address = free_address()
+    running = []
+    for i in range(2):
+        own = [*map(str, arguments), str(i) if field == "--seed" else str(tmp_path / f"out{i}")]
+        if field == "--out":
+            del own[own.index("--out") : own.index("--out") + 2]
+        place = {"HEAL_COORDINATOR": address, "HEAL_PROCESSES": "2", "HEAL_PROCESS_ID": str(i)}
+        pipe = subprocess.PIPE
+        running.append(subprocess.Popen(own, env=environment(4, **place), stdout=pipe, stderr=pipe, text=True))
+    for status, said in ends(running):
+        assert status == 2 and said.startswith("heal: the processes of this run differ in") and words in said
+    assert not list(tmp_path.rglob("*.parquet"))
+
+
+def test_processes_with_unequal_devices(tmp_path):
+    address, pipe = free_address(), subprocess.PIPE
+    arguments = [*COMMAND, "sample", str(TINY), "--out", str(tmp_path / "out")]
+    running = []
+    for i in range(2):
+        place = {"HEAL_COORDINATOR": address, "HEAL_PROCESSES": "2", "HEAL_PROCESS_ID": str(i)}
+        running.append(
+            subprocess.Popen(arguments, env=environment(i + 1, **place), stdout=pipe, stderr=pipe, text=True)
+        )
+    for i, (status, said) in enumerate(ends(running)):
+        assert status == 2 and f"has {i + 1} of 3 devices" in said
+
+
+AS_HEAL = """
+import sys
+import heal_jax.cli as cli
+from heal_jax import processes
+from heal_jax.errors import InputError, RunError
+
+def command(argv):
+    import jax
+    with processes.job():
+        me = jax.process_index()
+        do(me)
+    return 0
+
+cli._dispatch = command
+"""
+TOLD = """
+def do(me):
+    def fail():
+        raise {error}
+    processes.once(lambda: None)
+    processes.once(fail, by=1)
+cli.main()
+"""
+
+
+@pytest.mark.parametrize(
+    "error, statuses, says",
+    [
+        ("OSError(28, 'No space left on device', 'shard')", (1, 1), "No space left on device"),
+        ("RunError('gloomy barrier')", (1, 1), "heal: gloomy barrier"),
+        ("InputError('not so')", (2, 2), "heal: not so"),
+    ],
+)
+def test_what_fails_in_one_process_is_said_by_all(error, statuses, says):
+    code = AS_HEAL + TOLD.format(error=error)
+    found = ends(start(2, free_address(), [sys.executable, "-c", code]))
+    assert tuple(status for status, _ in found) == statuses and all(says in said for _, said in found)
+
+
+def test_an_error_that_cannot_be_said_ends_the_job(tmp_path):
+    """stderr on a full disk."""
+    code = AS_HEAL + "def do(me):\n    if me: raise RunError('x')\n    processes.once(lambda: 1, by=1)\ncli.main()\n"
+    address, pipe = free_address(), subprocess.PIPE
+    with open("/dev/full", "w") as full:
+        running = []
+        for i in range(2):
+            place = {"HEAL_COORDINATOR": address, "HEAL_PROCESSES": "2", "HEAL_PROCESS_ID": str(i)}
+            where = {"stdout": pipe, "stderr": full if i else pipe}
+            arguments = [sys.executable, "-c", code]
+            running.append(subprocess.Popen(arguments, env=environment(4, **place), text=True, **where))
+        _, said = running[0].communicate(timeout=PATIENCE)
+        running[1].communicate(timeout=PATIENCE)
+    assert [process.returncode for process in running] == [1, 1] and said.strip().splitlines()[-1].startswith(GONE)
+
+
+UNWRITABLE = """
+def do(me):
+    import resource
+    from pathlib import Path
+    from heal_jax.config import ModelSpec, TrainSpec
+    from heal_jax.model.lm import open_model
+    from heal_jax.model.mesh import make_mesh
+    from heal_jax.train import loop
+    from heal_jax.train.data import Example
+    loop.WRITE_SECONDS = 5
+    mesh = make_mesh({"fsdp": 4, "tensor": 2})
+    lm = open_model(ModelSpec("builtin:teacher"), mesh)
+    if me:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
+    examples = [Example(f"e{i}", "p", "base", tuple(range(i + 3, i + 40)), 8) for i in range(8)]
+    loop.train(lm.model, [loop.Phase("all", examples, 2)], TrainSpec(steps=2, batch=8), length=64, pad_id=0, seed=0,
+               folder=Path(sys.argv[1]), checkpoint_seconds=1e9, mesh=mesh, log=lambda metrics: None)
+cli.main()
+"""
+
+
+def test_a_checkpoint_that_one_process_cannot_write_ends_all(tmp_path):
+    command = [sys.executable, "-c", AS_HEAL + UNWRITABLE, str(tmp_path / "checkpoints")]
+    running = start(2, free_address(), command)
+    said = [process.communicate(timeout=PATIENCE)[1] for process in running]  # Orbax logs at length, too
+    assert [process.returncode for process in running] == [1, 1], said
+    assert all("\nheal: " in text for text in said) and "a checkpoint cannot be written" in said[1], said
+
+
+APART = """
+def do(me):
+    from pathlib import Path
+    import heal_jax
+    lm = heal_jax.load("builtin:student")  # each on its own device
+    text = lm.generate([f"{me} + 1 ="], n=1, max_new_tokens=4)[0][0]
+    assert tuple(text.prompt_tokens) == tuple(lm.tokenizer.prompt(f"{me} + 1 ="))
+    heal_jax.save(lm, Path(sys.argv[1]))
+cli.main()
+"""
+
+
+def test_a_model_that_each_process_has_for_itself(tmp_path):
+    command = [sys.executable, "-c", AS_HEAL + APART, str(tmp_path / "model")]
+    for process in start(2, free_address(), command):
+        _, said = process.communicate(timeout=PATIENCE)
+        assert process.returncode == 0, said
+    ours, theirs = (load_file(f / "model.safetensors") for f in (tmp_path / "model", model_folder("student")))
+    assert ours.keys() == theirs.keys() and all(np.array_equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_bad_input_ends_all_alike(tmp_path):

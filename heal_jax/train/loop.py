@@ -5,6 +5,7 @@ phases. Which batch and which rate a step has follows from the global step alone
 are the whole state.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -29,12 +30,13 @@ from heal_jax.errors import RunError
 from heal_jax.model.decoder import Model
 from heal_jax.model.mesh import put_batch, using
 from heal_jax.model.weights import shardings
-from heal_jax.processes import once
+from heal_jax.processes import count, once
 from heal_jax.train.data import Example, batches
 from heal_jax.train.step import train_step
 
 LOG_EVERY = 10  # steps
 KEEP = 2  # checkpoints: the latest, and the one before in case the latest is damaged
+WRITE_SECONDS = 600  # for a checkpoint; longer, and the training ends with an error
 FINAL_RATE = 0.1  # of the peak: the last stage, the repairs, comes at the end and must still be learned
 B2 = 0.95  # remembers about 20 steps: short runs, and a new stage changes the size of the gradients
 
@@ -126,7 +128,8 @@ def train(
     `log` gets step (from 1, over all phases), phase, loss (nats a token), grad_norm (before clipping), learning_rate,
     and, summed from step 1 on over all attempts, tokens (padding not counted), loss_tokens and seconds; every 10 steps
     and at each phase's last. Raises RunError where there is nothing to train on, where the loss or the gradient is not
-    finite, where a batch has no token to learn, and where the checkpoint is damaged or another training's.
+    finite, where a batch has no token to learn, where a checkpoint cannot be written, and where the one that is there
+    is damaged or another training's.
     """
     total = sum(phase.steps for phase in phases)
     if total == 0 or any(phase.steps and not phase.examples for phase in phases):
@@ -139,9 +142,7 @@ def train(
     identity = _identity(model, phases, spec, length, pad_id, seed)
     folder = folder.resolve()
     once(lambda: _remove_torn(folder))
-    with ocp.training.Checkpointer(
-        folder, preservation_policy=ocp.training.preservation_policies.LatestN(KEEP)
-    ) as checkpointer:
+    with _checkpointer(folder) as checkpointer:
         if checkpointer.latest is None:
             state, progress = _initial_state(model, transform, target), _Progress()
         else:
@@ -177,11 +178,49 @@ def train(
             due = time.monotonic() - saved_at >= checkpoint_seconds
             if ends or once(functools.partial(bool, due)):
                 metadata = {"training": identity, "progress": dataclasses.asdict(progress)}
-                checkpointer.save_async(step, state, force=True, custom_metadata=metadata)
+                once(functools.partial(_require_room, folder, state))
+                with _writing(folder):
+                    checkpointer.save_async(step, state, force=True, custom_metadata=metadata)
                 saved_at = time.monotonic()
-        checkpointer.wait()
+        with _writing(folder):
+            checkpointer.wait()
     params = jax.tree.map(lambda new, old: new.astype(old.dtype), state["params"], model.params)
     return dataclasses.replace(model, params=params)
+
+
+@contextlib.contextmanager
+def _checkpointer(folder: Path) -> Iterator[ocp.training.Checkpointer]:
+    """Orbax's, closed at the end; after an error of one of several processes it is not, since that waits for all."""
+    policy = ocp.training.preservation_policies.LatestN(KEEP)
+    context = ocp.Context()
+    context.asynchronous.timeout_secs = WRITE_SECONDS
+    with context:
+        checkpointer = ocp.training.Checkpointer(folder, preservation_policy=policy)
+        try:
+            yield checkpointer
+        except BaseException:
+            if count() == 1:
+                checkpointer.close()
+            raise
+        checkpointer.close()
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, OSError, TimeoutError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise RunError(f"{folder}: a checkpoint cannot be written ({reason}); start again: it goes on") from error
+
+
+def _require_room(folder: Path, state: dict[str, Any]) -> None:
+    """Raises RunError where the disk has no room for a checkpoint of this state."""
+    needed, free = sum(x.nbytes for x in jax.tree.leaves(state)), shutil.disk_usage(folder).free
+    if free < needed:
+        raise RunError(
+            f"{folder}: {free >> 20} MiB of disk are free, a checkpoint takes {needed >> 20}; make room and start again"
+        )
 
 
 def _steps(
