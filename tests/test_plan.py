@@ -228,6 +228,21 @@ def test_one_layer_against_the_real_compiler(small):
         assert memory.resident == (2 * (kernels / 2 + norms) if stage == "train" else 0)
 
 
+def test_a_mixture_of_experts(small, tmp_path):
+    """Split over an expert axis, its products in the TPU's kernel, whose FLOPs are those of the routed experts."""
+    routed = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "norm_topk_prob": True}
+    sizes = json.loads((Path(small.teacher.path) / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(sizes | routed | {"model_type": "qwen3_moe"}))
+    mixture = dataclasses.replace(small.teacher, path=str(tmp_path))
+    shape = dataclasses.replace(small.mesh, data=-1, tensor=1, expert=2)
+    found, mesh, topology = on_slice(dataclasses.replace(small, teacher=mixture, mesh=shape))
+    program = named(found, "score")
+    estimated = estimate(program, mesh, topology)
+    assert mesh.shape["expert"] == 2 and estimated.fits and estimated.once.collectives["all-gather"]
+    assert estimated.warnings == ["3 calls of tpu_custom_call have FLOPs by formula"]
+    assert estimated.once.flops == program.analytic()[0] / 4
+
+
 def test_weights_are_all_parameters(small):
     whole = jax.make_mesh((1,) * 4, ("data", "fsdp", "tensor", "expert"), devices=jax.devices()[:1])
     for program in programs(small, workload(small, folders(small), Assumptions()), whole):
