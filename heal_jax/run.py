@@ -33,7 +33,7 @@ from heal_jax.model.weights import check as check_weights
 from heal_jax.problems.grading import Grade, Grader
 from heal_jax.problems.sources import Problem, check_disjoint, load
 from heal_jax.progress import Progress
-from heal_jax.shapes import bucket
+from heal_jax.shapes import positions
 from heal_jax.store import RunDirectory, folder_sha256, write_text
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "tensorflow-datasets")
@@ -141,12 +141,13 @@ def open_run(
     split = sizes(config, {name: decoder_config(folder) for name, folder in folders.items()})
     require(mesh.shape, split)
     tokenizers = {name: open_tokenizer(folder) for name, folder in folders.items()}
+    asked = _hash([(p.id, p.question, p.answer) for p in (*problems, *held_out)])
     processes.alike(
         "start all with the same command, on the same files",
         config=dump(config),
         stages=repr(needs),
         versions=repr(_versions()),
-        problems=_hash([(p.id, p.question, p.answer) for p in (*problems, *held_out)]),
+        problems=asked,
         tokenizers=repr([tokenizers[name].prompt("State 1 + 2.") for name in folders]),
     )
     _fits(config, tokenizers, [*problems, *held_out])
@@ -162,7 +163,7 @@ def open_run(
             }
             for name, folder in folders.items()
         },
-        "problems": _hash([(p.id, p.question, p.answer) for p in (*problems, *held_out)]),
+        "problems": asked,
     }
     directory = _reopen(config, out, facts, needs)
     _writable(out)
@@ -175,8 +176,8 @@ def open_run(
             return inside.manifest
 
         directory.manifest = processes.once(enter)
-        name = out / ".lock"
-        processes.alike("give an --out on a file system that all share", out=name.read_text() if name.is_file() else "")
+        lock = out / ".lock"
+        processes.alike("give an --out on a file system that all share", out=lock.read_text() if lock.is_file() else "")
         for size in undivided(mesh.shape, split):
             progress.say(f"note: the mesh does not divide {size.what}; it stays whole on every device")
         yield Run(config, directory, problems, held_out, grader, progress, mesh, tokenizers)
@@ -248,7 +249,7 @@ def _fits(config: Config, tokenizers: dict[str, Tokenizer], problems: list[Probl
     plain = max(map(len, plain_prompts(config, tokenizers["student"], problems).values()))
     for name, prompt, after in (("teacher", shown, hint), ("student", plain, 0)):
         folder = tokenizers[name].folder
-        need = bucket(prompt) + (bucket(after) if after else 0) + bucket(config.sample.max_new_tokens)
+        need = positions(prompt, after, config.sample.max_new_tokens)
         if need > (have := decoder_config(folder).max_positions):
             raise InputError(
                 f"{folder}: {need} positions are needed (prompt {prompt}, hint {after}, {config.sample.max_new_tokens} "

@@ -16,6 +16,11 @@ def bucket(length: int) -> int:
     return max(1, -(-length // BUCKET)) * BUCKET
 
 
+def positions(prompt: int, hint: int, max_new: int) -> int:
+    """Positions that a model needs for a prompt, a hint (0: none) and new tokens, each in its bucket."""
+    return bucket(prompt) + (bucket(hint) if hint else 0) + bucket(max_new)
+
+
 @dataclasses.dataclass(frozen=True)
 class Shape:
     """The static shape of a stage's batches: contexts a batch, rollouts a context, lengths in tokens.

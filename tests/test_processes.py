@@ -51,15 +51,19 @@ def free_address() -> str:
         return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
-def start(count: int, address: str, arguments: list[str]) -> list[subprocess.Popen]:
-    places = [
-        {"HEAL_COORDINATOR": address, "HEAL_PROCESSES": str(count), "HEAL_PROCESS_ID": str(i)} for i in range(count)
-    ]
-    pipe = subprocess.PIPE
-    return [
-        subprocess.Popen(arguments, env=environment(8 // count, **place), stdout=pipe, stderr=pipe, text=True)
-        for place in places
-    ]
+def start(count: int, address: str, arguments: list[str], /, **differently) -> list[subprocess.Popen]:
+    """The processes of one job, each with `arguments` and its share of eight devices; differently: another list of
+    `arguments`, number of `devices` or file for `stderr` for each.
+    """
+    pipe, running = subprocess.PIPE, []
+    for i in range(count):
+        place = {"HEAL_COORDINATOR": address, "HEAL_PROCESSES": str(count), "HEAL_PROCESS_ID": str(i)}
+        own = {"arguments": arguments, "devices": 8 // count, "stderr": pipe} | {
+            k: v[i] for k, v in differently.items()
+        }
+        env = environment(own["devices"], **place)
+        running.append(subprocess.Popen(own["arguments"], env=env, stdout=pipe, stderr=own["stderr"], text=True))
+    return running
 
 
 def wait_for(condition, processes: list[subprocess.Popen]) -> None:
@@ -251,31 +255,21 @@ def ends(running: list[subprocess.Popen]) -> list[tuple[int, str]]:
 @pytest.mark.parametrize("field, words", [("--seed", "config"), ("--out", "on a file system that all share")])
 def test_processes_that_are_not_of_one_run(tmp_path, field, words):
     """Of another seed, or with a folder of its own: all are refused."""
-    arguments = [*COMMAND, "sample", TINY, "--out", tmp_path / "out", *SETTINGS, *mesh_arguments(**EIGHT), field]
-    address = free_address()
-    running = []
+    each = []
     for i in range(2):
-        own = [*map(str, arguments), str(i) if field == "--seed" else str(tmp_path / f"out{i}")]
-        if field == "--out":
-            del own[own.index("--out") : own.index("--out") + 2]
-        place = {"HEAL_COORDINATOR": address, "HEAL_PROCESSES": "2", "HEAL_PROCESS_ID": str(i)}
-        pipe = subprocess.PIPE
-        running.append(subprocess.Popen(own, env=environment(4, **place), stdout=pipe, stderr=pipe, text=True))
-    for status, said in ends(running):
+        given = {"--seed": "0", "--out": str(tmp_path / "out")} | {
+            field: str(i if field == "--seed" else tmp_path / f"{i}")
+        }
+        arguments = [*COMMAND, "sample", TINY, *SETTINGS, *mesh_arguments(**EIGHT), *sum(given.items(), ())]
+        each.append(list(map(str, arguments)))
+    for status, said in ends(start(2, free_address(), [], arguments=each)):
         assert status == 2 and said.startswith("heal: the processes of this run differ in") and words in said
     assert not list(tmp_path.rglob("*.parquet"))
 
 
 def test_processes_with_unequal_devices(tmp_path):
-    address, pipe = free_address(), subprocess.PIPE
     arguments = [*COMMAND, "sample", str(TINY), "--out", str(tmp_path / "out")]
-    running = []
-    for i in range(2):
-        place = {"HEAL_COORDINATOR": address, "HEAL_PROCESSES": "2", "HEAL_PROCESS_ID": str(i)}
-        running.append(
-            subprocess.Popen(arguments, env=environment(i + 1, **place), stdout=pipe, stderr=pipe, text=True)
-        )
-    for i, (status, said) in enumerate(ends(running)):
+    for i, (status, said) in enumerate(ends(start(2, free_address(), arguments, devices=[1, 2]))):
         assert status == 2 and f"has {i + 1} of 3 devices" in said
 
 
@@ -321,14 +315,8 @@ def test_what_fails_in_one_process_is_said_by_all(error, statuses, says):
 def test_an_error_that_cannot_be_said_ends_the_job(tmp_path):
     """stderr on a full disk."""
     code = AS_HEAL + "def do(me):\n    if me: raise RunError('x')\n    processes.once(lambda: 1, by=1)\ncli.main()\n"
-    address, pipe = free_address(), subprocess.PIPE
     with open("/dev/full", "w") as full:
-        running = []
-        for i in range(2):
-            place = {"HEAL_COORDINATOR": address, "HEAL_PROCESSES": "2", "HEAL_PROCESS_ID": str(i)}
-            where = {"stdout": pipe, "stderr": full if i else pipe}
-            arguments = [sys.executable, "-c", code]
-            running.append(subprocess.Popen(arguments, env=environment(4, **place), text=True, **where))
+        running = start(2, free_address(), [sys.executable, "-c", code], stderr=[subprocess.PIPE, full])
         _, said = running[0].communicate(timeout=PATIENCE)
         running[1].communicate(timeout=PATIENCE)
     assert [process.returncode for process in running] == [1, 1] and said.strip().splitlines()[-1].startswith(GONE)

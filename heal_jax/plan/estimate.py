@@ -113,7 +113,7 @@ def estimate(program: Program, mesh: Mesh, topology: Topology) -> Estimate:
     """
     usable, chip = backend.usable_hbm(topology), topology.chip
     try:
-        return read(program, program.lower(mesh).compile(), mesh, usable, topology)
+        compiled = program.lower(mesh).compile()
     except jax.errors.JaxRuntimeError as error:
         found = backend.needed(error)
         if found is None:
@@ -124,6 +124,8 @@ def estimate(program: Program, mesh: Mesh, topology: Topology) -> Estimate:
             ) from error
         needs = found[0] + program.memory(mesh)["resident"]
         return Estimate(program, usable, None, needs, None, None, chip, topology.chips, _layers(program))
+    try:
+        return read(program, compiled, mesh, usable, topology)
     except (ValueError, KeyError) as error:
         raise RunError(
             f"{topology.name}, {program.name}: the compiler wrote what heal plan cannot read ({error}); use the "

@@ -33,6 +33,7 @@ from heal_jax.shapes import (
     bucket,
     evaluate_shape,
     hindsight_shape,
+    positions,
     repair_shape,
     sample_shape,
     score_width,
@@ -224,8 +225,8 @@ def programs(config: Config, work: Workload, mesh: Mesh) -> list[Program]:
         return Weights(name, decoder_config(folders(config)[name]), spec.dtype)
 
     teacher, student = weights("teacher", config.teacher), weights("student", config.student)
-    for model, prompt in ((teacher, work.shown + work.hint), (student, work.held_out_prompts["student"])):
-        if (need := bucket(prompt) + bucket(config.sample.max_new_tokens)) > model.config.max_positions:
+    for model, prompt, hint in ((teacher, work.shown, work.hint), (student, work.held_out_prompts["student"], 0)):
+        if (need := positions(prompt, hint, config.sample.max_new_tokens)) > model.config.max_positions:
             raise InputError(
                 f"{need} positions are needed (sample.max_new_tokens and what comes before), the {model.name} has "
                 f"{model.config.max_positions}; lower sample.max_new_tokens"

@@ -209,7 +209,7 @@ def _checkpointer(folder: Path) -> Iterator[ocp.training.Checkpointer]:
 def _writing(folder: Path) -> Iterator[None]:
     try:
         yield
-    except (ValueError, OSError, TimeoutError) as error:
+    except (ValueError, OSError) as error:
         reason = " ".join(str(error).split())[:300]
         raise RunError(f"{folder}: a checkpoint cannot be written ({reason}); start again: it goes on") from error
 
