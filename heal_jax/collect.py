@@ -22,12 +22,12 @@ from heal_jax.rollout.generate import (
     Group,
     generate,
     key_of,
-    score_sequences,
+    score_texts,
 )
 from heal_jax.rollout.sampling import rules
 from heal_jax.rollout.thinking import opening, thinking_steps
 from heal_jax.run import Run, hindsight_question, hint_text
-from heal_jax.shapes import Shape, bucket, hindsight_shape, repair_shape, sample_shape, score_width
+from heal_jax.shapes import Shape, bucket, hindsight_shape, repair_shape, sample_shape, score_shape
 from heal_jax.store import PROBLEMS, write_table
 from heal_jax.world.check import first_wrong_step
 
@@ -53,14 +53,14 @@ class Made:
 def sample(run: Run) -> None:
     """`sample.n` unaided rollouts of each problem; then pass rates and strata, in problems.parquet."""
     spec = run.config.sample
-    shape = sample_shape(run.config, longest_prompt(run))
+    shape = sample_shape(run.config, len(run.problems), longest_prompt(run))
 
     def group(problem: Problem) -> Group:
         ids = tuple(f"{problem.id}/base/{i}/s{run.config.seed}" for i in range(spec.n))
-        return Group(run.prompts[problem.id], (), ids, spec.max_new_tokens)
+        return Group(run.prompts[problem.id], ids, spec.max_new_tokens)
 
     correct: dict[str, int] = defaultdict(int)
-    for problem_id, grade in _shards(run, "base", run.problems, shape, group, lambda p: {}, lambda p: p):
+    for problem_id, grade in _shards(run, "base", run.problems, shape, group, lambda p: {}, lambda p: p, longest_prompt(run)):
         correct[problem_id] += grade == "correct"
     strata = {p.id: stratum(correct[p.id], spec.n, run.config.gear.max_correct) for p in run.problems}
     rows = [
@@ -84,13 +84,13 @@ def hindsight(run: Run) -> None:
     # The width is that of all problems, so that which ones are hard does not change what is compiled.
     contexts = {p.id: tuple(lm.tokenizer.prompt(hindsight_question(run.config, p))) for p in run.problems}
     n = run.config.hindsight.n
-    shape = hindsight_shape(run.config, max(map(len, contexts.values())))
+    shape = hindsight_shape(run.config, len(run.problems), max(map(len, contexts.values())))
 
     def group(problem: Problem) -> Group:
         ids = tuple(f"{problem.id}/hindsight/{i}/s{run.config.seed}" for i in range(n))
-        return Group(contexts[problem.id], (), ids, spec.max_new_tokens)
+        return Group(contexts[problem.id], ids, spec.max_new_tokens)
 
-    _shards(run, "hindsight", hard, shape, group, lambda p: {}, lambda p: p)
+    _shards(run, "hindsight", hard, shape, group, lambda p: {}, lambda p: p, longest_prompt(run))
     run.directory.finish("hindsight", problems=len(hard))
 
 
@@ -110,20 +110,20 @@ def repair(run: Run) -> None:
     spec, n = config.sample, config.gear.repairs
     paths = failed_paths(run)
     hints = {p.id: tuple(lm.tokenizer.encode(hint_text(config, p))) for p in run.problems}
-    kept_most = max((len(path.kept) for path in paths), default=0)
-    shape = repair_shape(config, longest_prompt(run), kept_most, max(map(len, hints.values())))
+    longest = longest_prompt(run) + max((len(path.kept) for path in paths), default=0)
+    shape = repair_shape(config, len(run.problems), longest + max(map(len, hints.values())))
 
     def group(path: Path) -> Group:
         parent = path.row["rollout_id"].split("/")[-2]  # its index
         ids = tuple(f"{path.problem.id}/repair/{parent}.{i}/s{config.seed}" for i in range(n))
         budget = spec.max_new_tokens - len(path.kept)
-        return Group(run.prompts[path.problem.id] + path.kept, hints[path.problem.id], ids, budget)
+        return Group(run.prompts[path.problem.id] + path.kept + hints[path.problem.id], ids, budget)
 
     def made(path: Path) -> dict[str, Any]:
         step = None if path.breakpoint == gear.NONE else path.breakpoint
         return {"kept": path.kept, "parent_id": path.row["rollout_id"], "breakpoint_step": step}
 
-    _shards(run, "repair", paths, shape, group, made, lambda path: path.problem)
+    _shards(run, "repair", paths, shape, group, made, lambda path: path.problem, longest)
     run.directory.finish("repair", paths=len(paths))
 
 
@@ -181,8 +181,12 @@ def _shards(
     group: Callable[[Any], Group],
     made: Callable[[Any], dict[str, Any]],
     problem: Callable[[Any], Problem],
+    longest: int,
 ) -> list[tuple[str, str]]:
-    """Make the missing shards of a stage, `shape.contexts` units each; problem id and grade of every rollout."""
+    """Make the missing shards of a stage, `shape.contexts` units each; problem id and grade of every rollout.
+
+    longest: tokens of the longest plain prompt with its kept prefix.
+    """
     drawn = rules(run.config.sample)
     stage = {"base": "sample"}.get(kind, kind)
     graded: list[tuple[str, str]] = []
@@ -193,12 +197,12 @@ def _shards(
             groups = [group(unit) for unit in part]
             several = generate(run.teacher, groups, shape, drawn)
             made_rollouts = [
-                Made(problem(unit), kind, g.context + g.hint, decoded, **made(unit))
+                Made(problem(unit), kind, g.context, decoded, **made(unit))
                 for unit, g, of_group in zip(part, groups, several)
                 for decoded in of_group
             ]
             tokens.extend(len(m.decoded.tokens) for m in made_rollouts)
-            return records(run, made_rollouts, owner)
+            return records(run, made_rollouts, longest, owner)
 
     for number in range(total):
         part, tokens = units[number * shape.contexts : (number + 1) * shape.contexts], list[int]()
@@ -213,7 +217,7 @@ def _shards(
     return graded
 
 
-def records(run: Run, made: Sequence[Made], owner: int = 0) -> list[dict[str, Any]]:
+def records(run: Run, made: Sequence[Made], longest: int, owner: int = 0) -> list[dict[str, Any]]:
     """Grade (in process `owner`), split and score rollouts: rows of the rollout record (DESIGN section 6)."""
     lm = run.teacher
     # Only what was decoded is graded: a kept prefix or a hint may hold an answer.
@@ -221,7 +225,7 @@ def records(run: Run, made: Sequence[Made], owner: int = 0) -> list[dict[str, An
     grades = run.grade([(m.problem, text, m.decoded.finish) for m, text in zip(made, texts)], owner)
     width = bucket(run.config.sample.max_new_tokens)
     index, starts, _ = thinking_steps(lm, [m.tokens for m in made], width, run.config.grade)
-    scores = _pure(run, made, [g.grade for g in grades], index)
+    scores = _pure(run, made, [g.grade for g in grades], index, longest)
     rows = []
     for i, (m, grade) in enumerate(zip(made, grades)):
         ppl, expected, score = scores[i] or (None, None, None)
@@ -265,7 +269,7 @@ def answer_tokens(run: Run, m: Made) -> tuple[int, int] | None:
 
 
 def _pure(
-    run: Run, made: Sequence[Made], grades: Sequence[str], index: np.ndarray
+    run: Run, made: Sequence[Made], grades: Sequence[str], index: np.ndarray, longest: int
 ) -> list[tuple[np.ndarray, np.ndarray, float] | None]:
     """Step perplexities, expected perplexities and S of each rollout, None where it is not scored.
 
@@ -274,16 +278,16 @@ def _pure(
     lm, spec = run.teacher, run.config.pure
     chosen = [i for i, m in enumerate(made) if m.kind == "base" or grades[i] == "correct"]
     aided = [i for i in chosen if made[i].kind != "base"]
-    sequences = [run.prompts[made[i].problem.id] + made[i].tokens for i in aided]
-    width = score_width(run.config, longest_prompt(run))
-    rescored = dict(zip(aided, score_sequences(lm, sequences, width, rows=spec.batch)))
+    # The hint is left out: what was kept follows the plain prompt.
+    texts = [(run.prompts[m.problem.id] + m.kept, tuple(map(int, m.decoded.tokens))) for m in (made[i] for i in aided)]
+    rescored = dict(zip(aided, score_texts(lm, texts, score_shape(run.config, longest))))
     logprob, entropy = np.zeros(index.shape, np.float32), np.zeros(index.shape, np.float32)
     steps = np.full(index.shape, -1, np.int32)
     for i in chosen:
         m = made[i]
         n, text = len(m.tokens), len(lm.tokenizer.without_eos(list(m.tokens)))
         if i in rescored:
-            logprob[i, :n], entropy[i, :n] = (x[len(run.prompts[m.problem.id]) :] for x in rescored[i])
+            logprob[i, len(m.kept) : n], entropy[i, len(m.kept) : n] = rescored[i]
         else:
             logprob[i, :n], entropy[i, :n] = m.decoded.logprob, m.decoded.entropy
         steps[i] = scored_steps(index[i], answer_tokens(run, m), len(m.kept), text)

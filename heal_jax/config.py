@@ -124,6 +124,9 @@ class SampleSpec:
     batch: Count = 240
     """Rows decoded together, at least the rollouts of one problem or path (sample.n, hindsight.n, gear.repairs,
     evaluate.samples). Part of what fixes the bytes."""
+    rounds: Count = 16
+    """A shard holds up to so many batches of rollouts: the row of one that is finished takes the next, so that only the
+    end of a shard has idle rows. More: fewer idle rows, and more to do again after an interruption; 1: none wait."""
 
 
 @dataclasses.dataclass(frozen=True)

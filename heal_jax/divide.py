@@ -8,6 +8,7 @@ from heal_jax.config import Config
 from heal_jax.errors import InputError
 from heal_jax.model.config import DecoderConfig
 from heal_jax.model.mesh import AXES, MAY_STAY_WHOLE, RULES, describe, nearest, shapes
+from heal_jax.shapes import groups, members
 
 
 class Size(NamedTuple):
@@ -45,11 +46,10 @@ def batch_sizes(config: Config) -> list[Size]:
         ("gear.repairs", config.gear.repairs),
         ("evaluate.samples", config.evaluate.samples),
     ):
-        rows = config.sample.batch // n * n
+        rows = groups(config, n) * members(n)
         what = f"sample.batch {rows}" if rows == config.sample.batch else f"the {rows} rows of sample.batch at {name}"
         sizes.append(Size(what, "batch", rows))
-        contexts = config.sample.batch // n
-        sizes.append(Size(f"the {contexts} contexts of a batch at {name}", "context", contexts))
+        sizes.append(Size(f"the {groups(config, n)} groups of a batch at {name}", "context", groups(config, n)))
     return list(dict.fromkeys(sizes))
 
 

@@ -43,14 +43,14 @@ def evaluate_one(run: Run, name: str) -> None:
     model = functools.cache(lambda: _model(run, name))  # opened by the first shard that is missing
     # Each model with its own tokenizer, chat template and EOS.
     prompts = plain_prompts(run.config, run.tokenizers["teacher" if name == "teacher" else "student"], run.held_out)
-    shape = evaluate_shape(run.config, max(map(len, prompts.values())))
+    shape = evaluate_shape(run.config, len(run.held_out), max(map(len, prompts.values())))
     drawn = rules(dataclasses.replace(run.config.sample, temperature=spec.temperature))
 
     def samples(part: Sequence[Problem], tokens: list[int], owner: int) -> list[dict[str, Any]]:
         lm = model()
         with run.work("evaluate", tokens):
             ids = {p.id: tuple(f"{p.id}/evaluate/{i}/s{run.config.seed}" for i in range(k)) for p in part}
-            groups = [Group(prompts[p.id], (), ids[p.id], most) for p in part]
+            groups = [Group(prompts[p.id], ids[p.id], most) for p in part]
             decoded = [d for several in generate(lm, groups, shape, drawn) for d in several]
             tokens.extend(len(d.tokens) for d in decoded)
             problems = [p for p in part for _ in range(k)]

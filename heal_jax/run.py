@@ -249,7 +249,7 @@ def _fits(config: Config, tokenizers: dict[str, Tokenizer], problems: list[Probl
     plain = max(map(len, plain_prompts(config, tokenizers["student"], problems).values()))
     for name, prompt, after in (("teacher", shown, hint), ("student", plain, 0)):
         folder = tokenizers[name].folder
-        need = positions(prompt, after, config.sample.max_new_tokens)
+        need = positions(prompt + after, config.sample.max_new_tokens)
         if need > (have := decoder_config(folder).max_positions):
             raise InputError(
                 f"{folder}: {need} positions are needed (prompt {prompt}, hint {after}, {config.sample.max_new_tokens} "

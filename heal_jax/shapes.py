@@ -8,7 +8,6 @@ import dataclasses
 from heal_jax.config import Config
 
 BUCKET = 32  # also a multiple of what vector units work on
-MADE_AT_ONCE = 512  # slots up to which a cache is allocated whole, before its contexts are computed
 
 
 def bucket(length: int) -> int:
@@ -16,60 +15,98 @@ def bucket(length: int) -> int:
     return max(1, -(-length // BUCKET)) * BUCKET
 
 
-def positions(prompt: int, hint: int, max_new: int) -> int:
-    """Positions that a model needs for a prompt, a hint (0: none) and new tokens, each in its bucket."""
-    return bucket(prompt) + (bucket(hint) if hint else 0) + bucket(max_new)
+def positions(context: int, max_new: int) -> int:
+    """Positions that a model needs for a context and new tokens, each in its bucket."""
+    return bucket(context) + bucket(max_new)
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """The static shape of a stage's batches: contexts a batch, rollouts a context, lengths in tokens.
-
-    kept: of the longest context, how many tokens count against its rollouts' budget of new ones.
+    """The static shape of a stage's shards: contexts a shard, rollouts a context, lengths in tokens, and the rows that
+    decode them: `groups` of `members` that share a context. With a row for every rollout all are decoded at once.
     """
 
     contexts: int
     repeats: int
     context_length: int
-    hint_length: int
     max_new: int
-    kept: int = 0
+    groups: int
+    members: int
+
+    @property
+    def rows(self) -> int:
+        return self.groups * self.members
+
+    @property
+    def at_once(self) -> bool:
+        """Whether every rollout has a row of its own."""
+        return self.rows >= self.contexts * self.repeats
 
     @property
     def slots(self) -> int:
-        """Of the cache: what a row keeps of its budget it does not decode; a small cache has room for all of it."""
-        width = self.context_length + self.hint_length
-        whole = width + bucket(self.max_new)
-        needed = bucket(self.context_length - self.kept) + self.hint_length + bucket(self.max_new)
-        return whole if whole <= MADE_AT_ONCE else max(width, needed)
+        """Of a row's own cache."""
+        return bucket(self.max_new)
 
 
-def _shape(config: Config, repeats: int, prompt: int, kept: int = 0, hint: int = 0) -> Shape:
-    """Whole groups of `repeats` rollouts that share a context, as many as sample.batch holds."""
-    contexts, hint_width = config.sample.batch // repeats, bucket(hint) if hint else 0
-    return Shape(contexts, repeats, bucket(prompt + kept), hint_width, config.sample.max_new_tokens, kept)
+def at_once(contexts: int, repeats: int, context: int, max_new: int) -> Shape:
+    """Every rollout has a row; `context`: tokens of the longest."""
+    return Shape(contexts, repeats, bucket(context), max_new, contexts, repeats)
 
 
-def sample_shape(config: Config, prompt: int) -> Shape:
+def members(repeats: int) -> int:
+    """Rows of a group, where rows take one rollout after another: half of a context's rollouts, so that the last ones of
+    one context and the first of the next fill the group together.
+    """
+    return repeats // 2 if repeats % 2 == 0 else repeats
+
+
+def groups(config: Config, repeats: int) -> int:
+    """As many as sample.batch has rows for."""
+    return config.sample.batch // members(repeats)
+
+
+def _shape(config: Config, repeats: int, units: int, context: int) -> Shape:
+    """`units`: how many contexts there are at most; they are dealt out evenly to as few shards as sample.rounds allows."""
+    batch = config.sample.batch // repeats
+    shards = -(-units // (batch * config.sample.rounds))
+    contexts = -(-units // max(1, shards))
+    if contexts <= batch:
+        return at_once(contexts, repeats, context, config.sample.max_new_tokens)
+    rows = groups(config, repeats), members(repeats)
+    return Shape(contexts, repeats, bucket(context), config.sample.max_new_tokens, *rows)
+
+
+def sample_shape(config: Config, problems: int, prompt: int) -> Shape:
     """Unaided rollouts; `prompt`: tokens of the longest plain prompt."""
-    return _shape(config, config.sample.n, prompt)
+    return _shape(config, config.sample.n, problems, prompt)
 
 
-def hindsight_shape(config: Config, shown: int) -> Shape:
+def hindsight_shape(config: Config, problems: int, shown: int) -> Shape:
     """Rollouts with the answer in view; `shown`: tokens of the longest such prompt."""
-    return _shape(config, config.hindsight.n, shown)
+    return _shape(config, config.hindsight.n, problems, shown)
 
 
-def repair_shape(config: Config, prompt: int, kept: int, hint: int) -> Shape:
-    """Continuations after prompt, kept prefix and hint: tokens of the longest of each."""
-    return _shape(config, config.gear.repairs, prompt, kept, hint)
+def repair_shape(config: Config, problems: int, context: int) -> Shape:
+    """Continuations; `context`: tokens of the longest prompt, kept prefix and hint together."""
+    return _shape(config, config.gear.repairs, problems * config.gear.paths, context)
 
 
-def evaluate_shape(config: Config, prompt: int) -> Shape:
+def evaluate_shape(config: Config, problems: int, prompt: int) -> Shape:
     """Samples of held-out problems; `prompt`: tokens of their longest prompt."""
-    return _shape(config, config.evaluate.samples, prompt)
+    return _shape(config, config.evaluate.samples, problems, prompt)
 
 
-def score_width(config: Config, prompt: int) -> int:
-    """Tokens of a row that PURE scores: the longest plain prompt and the longest rollout."""
-    return bucket(prompt) + bucket(config.sample.max_new_tokens)
+@dataclasses.dataclass(frozen=True)
+class ScoreShape:
+    """The static shape of a batch that PURE scores: `rows` texts of `length` tokens after any of `contexts`."""
+
+    contexts: int
+    rows: int
+    context_length: int
+    length: int
+
+
+def score_shape(config: Config, context: int) -> ScoreShape:
+    """`context`: tokens of the longest plain prompt, with the longest kept prefix where there is one."""
+    rows = config.pure.batch
+    return ScoreShape(-(-rows // 2), rows, bucket(context), bucket(config.sample.max_new_tokens))

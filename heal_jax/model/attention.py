@@ -1,7 +1,10 @@
-"""Grouped-query attention, in blocks of queries where there are many.
+"""Grouped-query attention, in blocks of queries where there are many, over keys that several rows may share.
 
 B rows, H query heads, K key-value heads, T queries, S key slots, E head dimension.
 """
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,25 +13,30 @@ from jax import Array
 QUERY_BLOCK = 512  # queries whose scores are held at once: 16k tokens would need [16k, 16k] a head
 
 
-def attention(
-    q: Array,
-    k: Array,
-    v: Array,
-    slots: Array,
-    segments: tuple[Array, Array] | None = None,
-    *,
-    scale: float,
-    window: int = 0,
-) -> Array:
-    """Causal attention with a float32 softmax.
+class Level(NamedTuple):
+    """Keys and values that are held once for B / R rows of queries each.
 
-    q [B, H, T, E], k [B, K, E, S], v [B, K, S, E], slots [B, T] int32: each query's own slot; it sees the slots up to
-    that one, with a window > 0 the last `window` of them, and with segments ([B, T], [B, S]) int32 those of its own
-    segment alone -> [B, H, T, E] in q's dtype. Beyond QUERY_BLOCK queries the scores are computed block by block (and
-    again in the backward pass), so that memory grows with S and not with T * S.
+    keys [R, K, E, S], values [R, K, S, E]; query t of row b sees the slots first[b, t] <= s < last[b, t] of cache row
+    b // (B / R). first, last [B, T] int32.
+    """
+
+    keys: Array
+    values: Array
+    first: Array
+    last: Array
+
+
+def attention(q: Array, levels: Sequence[Level], *, scale: float) -> Array:
+    """Softmax attention over the slots of all levels together, in float32.
+
+    q [B, H, T, E] -> [B, H, T, E] in q's dtype. Each level's part of the softmax is computed by itself, for all rows
+    that share its keys in one product, and the parts are merged by their log-sum-exp (Hydragen, arXiv 2402.05099;
+    bifurcated attention, arXiv 2403.08845): exact, and no key is copied. Every query must see at least one slot. Beyond
+    QUERY_BLOCK queries the scores are computed block by block (and again in the backward pass), so that memory grows
+    with S and not with T * S.
     """
     if q.shape[2] <= QUERY_BLOCK:
-        return _block(q, k, v, slots, segments, scale, window)
+        return _block(q, levels, scale)
     count = q.shape[2]
     blocks = -(-count // QUERY_BLOCK)
     pad = blocks * QUERY_BLOCK - count
@@ -38,33 +46,60 @@ def attention(
         x = x.reshape(*x.shape[:axis], blocks, QUERY_BLOCK, *x.shape[axis + 1 :])
         return jnp.moveaxis(x, axis, 0)
 
-    own, others = (None, None) if segments is None else (split(segments[0], 1), segments[1])
-
     @jax.checkpoint
-    def part(args: tuple[Array, Array, Array | None]) -> Array:
-        q, slots, own = args
-        return _block(q, k, v, slots, None if own is None or others is None else (own, others), scale, window)
+    def part(args: tuple[Array, tuple[tuple[Array, Array], ...]]) -> Array:
+        q, seen = args
+        return _block(q, [level._replace(first=a, last=z) for level, (a, z) in zip(levels, seen)], scale)
 
-    out = jnp.moveaxis(jax.lax.map(part, (split(q, 2), split(slots, 1), own)), 0, 2)
+    seen = tuple((split(level.first, 1), split(level.last, 1)) for level in levels)
+    out = jnp.moveaxis(jax.lax.map(part, (split(q, 2), seen)), 0, 2)
     return out.reshape(*q.shape[:2], blocks * QUERY_BLOCK, -1)[:, :, :count]
 
 
-def _block(
-    q: Array, k: Array, v: Array, slots: Array, segments: tuple[Array, Array] | None, scale: float, window: int
-) -> Array:
-    at = jnp.arange(k.shape[3])[None, None, :]
-    mask = at <= slots[:, :, None]
-    if window:
-        mask &= at > slots[:, :, None] - window
-    if segments is not None:
-        mask &= segments[0][:, :, None] == segments[1][:, None, :]
-    b, h, t, e = q.shape
-    kv_heads = k.shape[1]
-    # Groups and queries share one axis, so that both products are plain batched matrix products.
-    grouped = q.reshape(b, kv_heads, (h // kv_heads) * t, e)
-    scores = jnp.einsum("bkne,bkes->bkns", grouped, k, preferred_element_type=jnp.float32) * scale
-    scores = scores.reshape(b, kv_heads, h // kv_heads, t, -1)
-    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)  # no NaN where all is masked
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    out = jnp.einsum("bkns,bkse->bkne", weights.reshape(b, kv_heads, -1, weights.shape[-1]), v)
-    return out.reshape(b, h, t, e)
+def _block(q: Array, levels: Sequence[Level], scale: float) -> Array:
+    if len(levels) == 1:
+        scores, values = _scores(q, levels[0], scale), levels[0].values
+        return _mix(jax.nn.softmax(scores, axis=-1), values, q.shape).astype(q.dtype)
+    # Of each level: the largest score, the sum of exponentials over it, and the values weighted by them.
+    peaks, sums, mixed = [], [], []
+    for level in levels:
+        scores = _scores(q, level, scale)
+        peak = jnp.max(scores, axis=-1, keepdims=True)
+        weights = jnp.exp(scores - peak)
+        mixed.append(_mix(weights, level.values, q.shape))
+        peaks.append(_by_row(peak, q.shape))
+        sums.append(_by_row(jnp.sum(weights, axis=-1, keepdims=True), q.shape))
+    top = jnp.max(jnp.stack(peaks), axis=0)
+    shares = [jnp.exp(peak - top) for peak in peaks]  # 0 for a level of which a query sees nothing
+    total = sum(share * s for share, s in zip(shares, sums))
+    return (sum(share * m for share, m in zip(shares, mixed)) / total).astype(q.dtype)
+
+
+def _scores(q: Array, level: Level, scale: float) -> Array:
+    """[R, K, m, G, T, S] float32 (m = B / R rows that share keys), the lowest number where a slot is not seen.
+
+    Rows, groups and queries share one axis, so that both products are plain batched matrix products.
+    """
+    (b, h, t, e), (r, k) = q.shape, level.keys.shape[:2]
+    m, g = b // r, h // k
+    grouped = q.reshape(r, m, k, g, t, e).swapaxes(1, 2).reshape(r, k, m * g * t, e)
+    scores = jnp.einsum("rkne,rkes->rkns", grouped, level.keys, preferred_element_type=jnp.float32) * scale
+    at = jnp.arange(level.keys.shape[3])
+    seen = (at >= level.first[:, :, None]) & (at < level.last[:, :, None])
+    scores = scores.reshape(r, k, m, g, t, -1)
+    # Not -inf: no NaN where all is masked.
+    return jnp.where(seen.reshape(r, 1, m, 1, t, -1), scores, jnp.finfo(jnp.float32).min)
+
+
+def _mix(weights: Array, values: Array, shape: tuple[int, ...]) -> Array:
+    """weights [R, K, m, G, T, S], values [R, K, S, E] -> [B, H, T, E] float32."""
+    r, k, m, g, t, s = weights.shape
+    flat = weights.astype(values.dtype).reshape(r, k, m * g * t, s)
+    out = jnp.einsum("rkns,rkse->rkne", flat, values, preferred_element_type=jnp.float32)
+    return _by_row(out.reshape(r, k, m, g, t, -1), shape)
+
+
+def _by_row(x: Array, shape: tuple[int, ...]) -> Array:
+    """[R, K, m, G, T, X] -> [B, H, T, X]."""
+    b, h, t, _ = shape
+    return x.swapaxes(1, 2).reshape(b, h, t, -1)

@@ -1,14 +1,15 @@
 """The one decoder: embedding, pre-norm blocks with rotary grouped-query attention, gated MLP, output head.
 
 Letters in shapes: B rows, T tokens of this call, S cache slots, D hidden, H query heads, K key-value heads,
-G = H / K, E head dimension, V vocabulary. A token's cache slot is its position in the row, so a row is described by
-one number, its length, and validity never depends on a token's id.
+G = H / K, E head dimension, V vocabulary. A row's tokens lie in one or more caches, one after another: those it shares
+with other rows (`View`) and its own. In each a token's slot is its place, so a row is described by lengths, and validity
+never depends on a token's id.
 """
 
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from heal_jax.model.attention import attention
+from heal_jax.model.attention import Level, attention
 from heal_jax.model.config import DecoderConfig
 from heal_jax.model.experts import Experts
 from heal_jax.model.mesh import constrain
@@ -48,31 +49,53 @@ def empty_cache(config: DecoderConfig, rows: int, slots: int, dtype: jnp.dtype) 
     return Cache(keys, values, jnp.zeros(rows, jnp.int32))
 
 
-def repeat_rows(cache: Cache, times: int) -> Cache:
-    """Each row `times` times in a row: [B, ...] -> [B * times, ...]."""
-    return jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), cache)
+class View(NamedTuple):
+    """What B rows see of a cache of R rows, which B / R adjacent ones share each, and which stays as it is.
 
-
-def with_slots(cache: Cache, slots: int) -> Cache:
-    """The same tokens with room for more: `slots` in each row."""
-    more = (0, slots - cache.keys[0].shape[3])
-    keys = tuple(jnp.pad(x, ((0, 0), (0, 0), (0, 0), more)) for x in cache.keys)
-    values = tuple(jnp.pad(x, ((0, 0), (0, 0), more, (0, 0))) for x in cache.values)
-    return Cache(keys, values, cache.length)
-
-
-def _write(slots: Array, new: Array, start: Array, axis: int) -> Array:
-    """Put new into slots along `axis` (of a row) from start[b] on; what would lie beyond the last slot is dropped.
-
-    slots [B, K, E, S] or [B, K, S, E], new alike with T in place of S, start [B] int32.
+    start [B] int32: position of the first token seen; first, last [B] int32: the slots first <= s < last are seen.
     """
 
-    def row(slots: Array, new: Array, start: Array) -> Array:
-        at = start + jnp.arange(new.shape[axis])
-        index = (slice(None),) * axis + (at,)
+    cache: Cache
+    start: Array
+    first: Array
+    last: Array
+
+    @property
+    def end(self) -> Array:
+        """[B] int32: position of what comes after it."""
+        return self.start + self.last - self.first
+
+    def repeat(self, times: int) -> "View":
+        """The same cache, shared by `times` as many rows."""
+        return View(self.cache, *(jnp.repeat(x, times) for x in self[1:]))
+
+
+def view(cache: Cache, before: View | None = None) -> View:
+    """Each row's own cache, all of it; `before`: what the rows see before it."""
+    zero = jnp.zeros_like(cache.length)
+    return View(cache, zero if before is None else before.end, zero, cache.length)
+
+
+def _write(slots: Array, new: Array, at: Array, axis: int) -> Array:
+    """Put the keys or values of one token a row into slots [B, ..., S, ...] along `axis`, at slot `at` (a scalar, or [B]
+    int32: each row's own); `new` alike with 1 in place of S. Beyond the last slot nothing is written.
+    """
+    new = new.astype(slots.dtype)
+    if at.ndim == 0:
+        return jax.lax.dynamic_update_slice_in_dim(slots, new, at, axis)
+
+    def row(slots: Array, new: Array, at: Array) -> Array:
+        index = (slice(None),) * (axis - 1) + (at[None],)
         return slots.at[index].set(new, mode="drop")
 
-    return jax.vmap(row)(slots, new.astype(slots.dtype), start)
+    return jax.vmap(row)(slots, new, at)
+
+
+def _segment_starts(segments: Array) -> Array:
+    """[B, T] int32, equal within a segment, which is one run -> the first slot of each token's segment, [B, T] int32."""
+    at = jnp.arange(segments.shape[1], dtype=jnp.int32)
+    begins = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
+    return jax.lax.cummax(jnp.where(begins, at, 0), axis=1)
 
 
 class RMSNorm(nnx.Module):
@@ -163,15 +186,32 @@ class Block(nnx.Module):
         slots: Array,
         segments: Array | None = None,
         cached: tuple[Array, Array] | None = None,
+        views: Sequence[tuple[Array, Array, View]] = (),
     ) -> tuple[Array, tuple[Array, Array]]:
-        """x [B, T, D], positions and slots [B, T] int32 -> x [B, T, D] and the keys and values attended to."""
-        c = self.config
+        """x [B, T, D], positions and slots [B, T] or [1, T] int32 -> x [B, T, D], and the rows' own keys and values.
+
+        Without `cached` these are the T tokens'; with it (T = 1) they are written into it at `slots`. views: keys and
+        values of this layer that precede them.
+        """
+        c, window = self.config, self.config.layer_window(self.layer)
         q, k, v = self.queries_keys_values(self.attn_norm(x), positions)
         if cached is not None:
-            k = _write(cached[0], k, slots[:, 0], axis=2)
-            v = _write(cached[1], v, slots[:, 0], axis=1)
-        both = None if segments is None else (segments, segments)
-        mixed = attention(q, k, v, slots, both, scale=c.query_scale**-0.5, window=c.layer_window(self.layer))
+            at = slots[0, 0] if slots.shape[0] == 1 else slots[:, 0]
+            k, v = _write(cached[0], k, at, axis=3), _write(cached[1], v, at, axis=2)
+        rows = x.shape[:2]
+
+        def level(keys: Array, values: Array, first: Array, last: Array, back: Array) -> Level:
+            """`back`: the slot that each query's own token has or would have there, for the sliding window."""
+            first = jnp.maximum(first, back - window + 1) if window else first
+            return Level(keys, values, jnp.broadcast_to(first, rows), jnp.broadcast_to(last, rows))
+
+        levels = []
+        for keys, values, seen in views:
+            back = positions - (seen.start - seen.first)[:, None]
+            levels.append(level(keys, values, seen.first[:, None], seen.last[:, None], back))
+        first = jnp.zeros_like(slots) if segments is None else _segment_starts(segments)
+        levels.append(level(k, v, first, slots + 1, slots))
+        mixed = attention(q, levels, scale=c.query_scale**-0.5)
         mixed = self.o(mixed.transpose(0, 2, 1, 3).reshape(*x.shape[:2], -1))
         x = x + (self.post_attn_norm(mixed) if c.gemma else mixed)
         y = self.mlp_norm(x)
@@ -230,27 +270,53 @@ class Decoder(nnx.Module):
                 x = apply(block, x, positions, segments)
         return self.norm(x)
 
-    def extend(self, tokens: Array, count: Array, cache: Cache) -> tuple[Array, Cache]:
-        """Append a chunk to each row at the offset it has reached.
+    def read(self, tokens: Array, count: Array, views: Sequence[View] = ()) -> tuple[Array, Cache]:
+        """A full pass over what follows `views` in each row, and its keys and values.
 
-        tokens [B, T] int32 of which the first count[b] are real -> hidden [B, T, D] and the cache, count[b] longer.
-        What lies beyond count[b] is written, never attended to, and overwritten by the next call.
+        tokens [B, T] int32 of which the first count[b] are real -> hidden [B, T, D] and a cache of T slots.
         """
-        positions = cache.length[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
-        x = self._embed(tokens)
+        slots = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+        positions = _after(views, tokens.shape[0]) + slots
+        x = constrain(self._embed(tokens), "context", None, None)
         keys, values = [], []
         with self._precision():
-            for block, k, v in zip(self.blocks, cache.keys, cache.values):
-                x, (k, v) = block(x, positions, positions, cached=(k, v))
+            for i, block in enumerate(self.blocks):
+                x, (k, v) = block(x, positions, slots, views=_layer(views, i))
+                x = constrain(x, "context", None, None)
                 keys.append(k)
                 values.append(v)
-        return self.norm(x), Cache(tuple(keys), tuple(values), cache.length + count)
+        return self.norm(x), Cache(tuple(keys), tuple(values), count)
+
+    def extend(self, tokens: Array, cache: Cache, at: Array, views: Sequence[View] = ()) -> tuple[Array, Cache]:
+        """One more token a row, which takes slot `at` of the row's own cache (int32: one for all rows, or [B]).
+
+        tokens [B] int32 -> hidden [B, D] and the cache; its lengths are the caller's to count.
+        """
+        slots = jnp.atleast_1d(at)[:, None]
+        positions = jnp.broadcast_to(_after(views, tokens.shape[0]) + slots, (tokens.shape[0], 1))
+        x = self._embed(tokens[:, None])
+        keys, values = [], []
+        with self._precision():
+            for i, block in enumerate(self.blocks):
+                x, (k, v) = block(x, positions, slots, None, (cache.keys[i], cache.values[i]), _layer(views, i))
+                keys.append(k)
+                values.append(v)
+        return self.norm(x)[:, 0], Cache(tuple(keys), tuple(values), cache.length)
 
     def logits(self, hidden: Array) -> Array:
         """hidden [..., D] -> [..., V] float32."""
         kernel = self.embed[...].T if self.config.tie_embeddings else self.head.kernel[...]
         with self._precision():
             return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+
+
+def _after(views: Sequence[View], rows: int) -> Array:
+    """Position of what follows the views: [B, 1] int32."""
+    return views[-1].end[:, None] if views else jnp.zeros((rows, 1), jnp.int32)
+
+
+def _layer(views: Sequence[View], layer: int) -> list[tuple[Array, Array, View]]:
+    return [(view.cache.keys[layer], view.cache.values[layer], view) for view in views]
 
 
 @dataclasses.dataclass(frozen=True)

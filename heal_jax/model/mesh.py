@@ -135,11 +135,6 @@ def batch_parts(mesh: Mesh | None) -> int:
     return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in RULES["batch"])
 
 
-def whole_rows(mesh: Mesh | None, rows: int) -> int:
-    """The next number of rows that the mesh divides."""
-    return rows + -rows % batch_parts(mesh)
-
-
 def using(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
     """`with using(mesh):` compiled functions see the mesh, for `constrain`."""
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
@@ -149,6 +144,17 @@ def constrain(x: Array, *axes: str | None) -> Array:
     """Inside a compiled function: x, split as its logical axes say over the mesh of `using`; without one, x."""
     mesh = jax.sharding.get_abstract_mesh()
     return x if mesh.empty else jax.lax.with_sharding_constraint(x, spec(mesh, axes, x.shape))
+
+
+def parts_of(parts: int, *sizes: int) -> int:
+    """Into how many parts contexts are split over `parts` parts of a mesh: these where they divide all sizes, else 1."""
+    return parts if all(size % parts == 0 for size in sizes) else 1
+
+
+def parts_here(*sizes: int) -> int:
+    """`parts_of` inside a compiled function."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return parts_of(1 if mesh.empty else math.prod(mesh.shape[axis] for axis in RULES["context"]), *sizes)
 
 
 def put_batch(mesh: Mesh | None, tree: Any, axis: str | None = "batch") -> Any:

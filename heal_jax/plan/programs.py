@@ -226,7 +226,7 @@ def programs(config: Config, work: Workload, mesh: Mesh) -> list[Program]:
 
     teacher, student = weights("teacher", config.teacher), weights("student", config.student)
     for model, prompt, hint in ((teacher, work.shown, work.hint), (student, work.held_out_prompts["student"], 0)):
-        if (need := positions(prompt, hint, config.sample.max_new_tokens)) > model.config.max_positions:
+        if (need := positions(prompt + hint, config.sample.max_new_tokens)) > model.config.max_positions:
             raise InputError(
                 f"{need} positions are needed (sample.max_new_tokens and what comes before), the {model.name} has "
                 f"{model.config.max_positions}; lower sample.max_new_tokens"

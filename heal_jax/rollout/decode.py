@@ -1,7 +1,7 @@
-"""The decode loop: one `lax.while_loop` that samples and records entropies.
+"""The decode loop: `lax.while_loop`s that sample, record entropies, and give the row of a finished rollout to the next.
 
-B rows, T the most new tokens (static), V vocabulary. A row's randomness is a key of its own, folded with the number
-of the token, so a rollout does not depend on its neighbours or its place in the batch.
+B rows, T the most new tokens, P tokens of a context, V vocabulary. A rollout's randomness is a key of its own, folded with
+the number of the token, so it does not depend on its row, its neighbours, or what its row held before.
 """
 
 from functools import partial
@@ -13,16 +13,19 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from heal_jax.model.decoder import Cache, Decoder, empty_cache, repeat_rows, with_slots
-from heal_jax.model.mesh import constrain
-from heal_jax.rollout.sampling import Rule, apply
-from heal_jax.shapes import MADE_AT_ONCE
+from heal_jax.model.decoder import Cache, Decoder, View, empty_cache, view
+from heal_jax.model.mesh import constrain, parts_here
+from heal_jax.rollout.draw import draw
+from heal_jax.rollout.sampling import Rule
+
+IN_VIEW = 2  # contexts that a group of rows works on at a time, where rows take one rollout after another
 
 
 class Rollouts(NamedTuple):
-    """What decoding records. tokens [B, T] int32; entropy, logprob, sampling_logprob [B, T] float32 (nats, one a
-    decoded token; logprob of the raw distribution, sampling_logprob of the one drawn from); length [B] int32, the EOS
-    included; stopped [B] bool: ended with an EOS. Entries at or beyond a row's length mean nothing.
+    """What decoding records, of R rollouts. tokens [R, T] int32; entropy, logprob, sampling_logprob [R, T] float32 (nats,
+    one a decoded token; logprob of the raw distribution, sampling_logprob of the one drawn from); length [R] int32, the
+    EOS included; stopped [R] bool: ended with an EOS; steps [] int32: of the loop, in which every row could have decoded
+    a token. Entries at or beyond a rollout's length mean nothing.
     """
 
     tokens: Array
@@ -31,29 +34,7 @@ class Rollouts(NamedTuple):
     sampling_logprob: Array
     length: Array
     stopped: Array
-
-
-class State(NamedTuple):
-    """Loop state: `logits` [B, V] float32 predict each row's next token; `active` [B] rows go on."""
-
-    step: Array
-    logits: Array
-    cache: Cache
-    active: Array
-    out: Rollouts
-
-
-def entropy_of(logits: Array) -> tuple[Array, Array]:
-    """Entropy and log-normaliser of softmax(logits): [..., V] float32 -> ([...], [...]), nats.
-
-    H = log Z - sum_v p_v * logit_v, without a second array of log-probabilities.
-    """
-    peak = jnp.max(logits, axis=-1, keepdims=True)
-    shifted = logits - peak
-    weights = jnp.exp(shifted)
-    total = jnp.sum(weights, axis=-1)
-    entropy = jnp.log(total) - jnp.sum(weights * shifted, axis=-1) / total
-    return jnp.maximum(entropy, 0.0), jnp.log(total) + peak[..., 0]
+    steps: Array
 
 
 def placed(cache: Cache, rows: str) -> Cache:
@@ -65,129 +46,318 @@ def placed(cache: Cache, rows: str) -> Cache:
     return Cache(split(cache.keys), split(cache.values), constrain(cache.length, rows))
 
 
+def last_hidden(hidden: Array, count: Array) -> Array:
+    """hidden [A, P, D], count [A] >= 1 -> the hidden state of each row's last real token, [A, D]."""
+    return jnp.take_along_axis(hidden, (count - 1)[:, None, None], axis=1)[:, 0]
+
+
+class _Rows(NamedTuple):
+    """Loop state of `decode`: hidden [B, D] predicts the next token of each row; active [B] rows go on."""
+
+    hidden: Array
+    cache: Cache
+    active: Array
+    out: Rollouts
+
+
 def decode(
     model: Decoder,
-    cache: Cache,
-    logits: Array,
+    hidden: Array,
+    views: tuple[View, ...],
     keys: Array,
     budget: Array,
     eos_ids: Array,
     rules: tuple[Rule, ...],
     max_new: int,
-) -> Rollouts:
-    """Decode every row until an EOS or its budget.
+) -> tuple[Rollouts, Cache]:
+    """One rollout a row, until an EOS or its budget; all start together.
 
-    cache: the context of each row; logits [B, V]: what predicts the first token; keys [B] typed PRNG keys; budget [B]
-    int32 <= max_new; eos_ids [E] int32.
+    hidden [B, D]: what predicts the first token; views: the context of each row; keys [B] typed PRNG keys; budget [B]
+    int32 <= max_new; eos_ids [E] int32. Returns B rollouts and the keys and values of what was decoded.
     """
-    rows = logits.shape[0]
+    rows = hidden.shape[0]
     blank = jnp.zeros((rows, max_new), jnp.float32)
     out = Rollouts(
-        jnp.zeros((rows, max_new), jnp.int32), blank, blank, blank, jnp.zeros(rows, jnp.int32), jnp.zeros(rows, bool)
+        jnp.zeros((rows, max_new), jnp.int32),
+        *(blank,) * 3,
+        jnp.zeros(rows, jnp.int32),
+        jnp.zeros(rows, bool),
+        jnp.int32(0),
     )
 
-    def condition(state: State) -> Array:
-        return jnp.any(state.active)
+    def step(state: _Rows) -> _Rows:
+        logits = constrain(model.logits(state.hidden), "batch", "vocab")
+        old, active, at = state.out, state.active, state.out.steps
+        drawn = draw(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, at), rules)
+        records = (jax.lax.dynamic_update_slice(x, new[:, None], (0, at)) for x, new in zip(old, drawn))
+        ended = jnp.any(drawn.token[:, None] == eos_ids, axis=1)
+        new = Rollouts(*records, old.length + active, old.stopped | (active & ended), at + 1)
+        hidden, cache = model.extend(drawn.token, state.cache, at, views)
+        goes_on = active & ~ended & (new.length < budget)
+        return _Rows(constrain(hidden, "batch", None), placed(cache, "batch"), goes_on, new)
 
-    def step(state: State) -> State:
-        entropy, log_z = entropy_of(state.logits)
-        drawn_from = apply(rules, state.logits)
-        noise = jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, state.step), logits.shape[1:]))(keys)
-        token = jnp.argmax(drawn_from + noise, axis=-1).astype(jnp.int32)
+    own = placed(empty_cache(model.config, rows, max_new, hidden.dtype), "batch")
+    start = _Rows(constrain(hidden, "batch", None), own, budget > 0, out)
+    end = jax.lax.while_loop(lambda state: jnp.any(state.active), step, start)
+    return end.out, end.cache._replace(length=end.out.length)
 
-        def of_token(values: Array) -> Array:
-            return jnp.take_along_axis(values, token[:, None], axis=1)[:, 0]
 
-        logprob = of_token(state.logits) - log_z
-        sampling_logprob = of_token(drawn_from) - jax.nn.logsumexp(drawn_from, axis=-1) if rules else logprob
-        old = state.out
-        records = zip(old[:4], (token, entropy, logprob, sampling_logprob))
-        tokens, entropies, logprobs, sampling = (
-            jax.lax.dynamic_update_slice(array, new[:, None], (0, state.step)) for array, new in records
+class _Queue(NamedTuple):
+    """Loop state of `decode_queue`: G groups of M rows each, W contexts in view of a group, D parts of the mesh.
+
+    Of rows [G, M]: rollout (its number among the part's), place (which context in view), at (tokens decoded), budget,
+    active, keys [G, M, 2] uint32, hidden [G, M, Dm]. cache: of the rows. Of contexts in view [G, W]: context (its number
+    in the part), started and stop (rollouts begun, and to begin: equal where all are, or nothing is there), length, first_hidden [G, W, Dm]; shared: their keys
+    and values, W * P slots a group. loaded [D]: contexts taken so far. out: [D, Q * N, ...].
+    """
+
+    rollout: Array
+    place: Array
+    at: Array
+    budget: Array
+    active: Array
+    keys: Array
+    hidden: Array
+    cache: Cache
+    context: Array
+    started: Array
+    stop: Array
+    length: Array
+    first_hidden: Array
+    shared: Cache
+    loaded: Array
+    out: Rollouts
+
+
+def decode_queue(
+    model: Decoder,
+    context: Array,
+    context_length: Array,
+    keys: Array,
+    budget: Array,
+    eos_ids: Array,
+    rules: tuple[Rule, ...],
+    max_new: int,
+    groups: int,
+    members: int,
+) -> Rollouts:
+    """N rollouts of each context by fewer rows: the row of a finished rollout takes the next.
+
+    context [Q, P] int32 with context_length [Q] (0: padding, after all others of its part of the mesh); keys [Q, N, 2]
+    uint32, budget [Q, N] int32. `groups` of `members` rows have IN_VIEW contexts in view each: while the last rollouts of
+    one are decoded the rows that are done with it begin with the other, and when a row has nothing to begin, the next
+    context is read; when there is none, the group takes over half of what another has not begun. Returns Q * N rollouts.
+    """
+    (count, width), n, dtype = context.shape, budget.shape[1], model.embed[...].dtype
+    parts = parts_here(count, groups)
+    of_part, per_part = count // parts, groups // parts  # contexts and groups
+
+    def split(x: Array) -> Array:
+        return constrain(x.reshape(parts, -1, *x.shape[1:]), "batch" if parts > 1 else None, *(None,) * x.ndim)
+
+    context, context_length = split(context), split(context_length)
+    keys, budget = split(keys.reshape(-1, 2)), split(budget.reshape(-1))
+    there = jnp.sum(context_length > 0, axis=1)
+    group = partial(constrain_all, axis="context")
+
+    def room(state: _Queue) -> tuple[Array, Array, Array]:
+        """Groups [D, G / D] with an idle row, nothing to begin, and room for more that there is; what is free [G, W];
+        the largest number of rollouts that a group has not begun, [D, G / D * W] one-hot."""
+        at_work = state.active[:, :, None] & (state.place[:, :, None] == jnp.arange(IN_VIEW))
+        waiting = state.stop - state.started
+        free = (waiting == 0) & ~jnp.any(at_work, axis=1)
+        wants = jnp.all(waiting == 0, axis=1) & jnp.any(free, axis=1) & ~jnp.all(state.active, axis=1)
+        waiting = waiting.reshape(parts, -1)
+        is_more = (state.loaded < there) | (jnp.max(waiting, axis=1) > 1)
+        most = jnp.arange(per_part * IN_VIEW) == jnp.argmax(waiting, axis=1)[:, None]
+        return wants.reshape(parts, per_part) & is_more[:, None], free, most
+
+    def load(state: _Queue) -> _Queue:
+        """Read the next context of each part for the first of its groups that has room."""
+        wants, free, most = room(state)
+        chosen = (jnp.arange(per_part) == jnp.argmax(wants, axis=1)[:, None]) & wants
+        place = jnp.arange(IN_VIEW) == jnp.argmax(free, axis=1)[:, None]
+        here = chosen.reshape(groups, 1) & place  # [G, W]
+        shares = jnp.any(wants, axis=1) & (state.loaded >= there)  # parts without a new one
+
+        def of_most(x: Array) -> Array:
+            return jnp.sum(jnp.where(most, x.reshape(parts, -1), 0), axis=1)
+
+        stop = of_most(state.stop)
+        middle = stop - (stop - of_most(state.started)) // 2
+        number = jnp.where(shares, of_most(state.context), jnp.minimum(state.loaded, of_part - 1))
+        given = (most & shares[:, None]).reshape(groups, IN_VIEW)  # who gives up half
+        tokens, length = (jax.vmap(lambda x, i: x[i])(x, number) for x in (context, context_length))
+        hidden, fresh = model.read(tokens, length)
+
+        def spread(x: Array) -> Array:
+            """Of a part [D, ...] -> of its groups [G, ...]."""
+            return jnp.repeat(x, per_part, axis=0)
+
+        def put(old: Array, new: Array, axis: int) -> Array:
+            """new [D, K, ..., P, ...] into one of the W stretches of P slots of old, where `here`."""
+            shape = old.shape
+            old = old.reshape(*shape[:axis], IN_VIEW, width, *shape[axis + 1 :])
+            where = jnp.expand_dims(here, [i for i in range(1, old.ndim) if i != axis])
+            return jnp.where(where, jnp.expand_dims(spread(new), axis), old).reshape(shape)
+
+        first = spread(last_hidden(constrain(hidden, "context", None, None), length))
+        return state._replace(
+            context=jnp.where(here, spread(number)[:, None], state.context),
+            started=jnp.where(here, spread(jnp.where(shares, middle, 0))[:, None], state.started),
+            stop=jnp.where(
+                here,
+                spread(jnp.where(shares, stop, n))[:, None],
+                jnp.where(given, spread(middle)[:, None], state.stop),
+            ),
+            length=jnp.where(here, spread(length)[:, None], state.length),
+            first_hidden=group(jnp.where(here[:, :, None], first[:, None], state.first_hidden)),
+            shared=placed(
+                Cache(
+                    tuple(put(old, new, 3) for old, new in zip(state.shared.keys, fresh.keys)),
+                    tuple(put(old, new, 2) for old, new in zip(state.shared.values, fresh.values)),
+                    state.shared.length,
+                ),
+                "context",
+            ),
+            loaded=state.loaded + (jnp.any(wants, axis=1) & ~shares),
         )
-        ended = jnp.any(token[:, None] == eos_ids, axis=1)
-        length = old.length + state.active
-        new = Rollouts(tokens, entropies, logprobs, sampling, length, old.stopped | (state.active & ended))
-        active = state.active & ~ended & (length < budget)
-        hidden, cache = model.extend(token[:, None], active.astype(jnp.int32), state.cache)
-        following = constrain(model.logits(hidden[:, 0]), "batch", "vocab")
-        return State(state.step + 1, following, placed(cache, "batch"), active, new)
 
-    start = State(jnp.int32(0), constrain(logits, "batch", "vocab"), placed(cache, "batch"), budget > 0, out)
-    return jax.lax.while_loop(condition, step, start).out
+    def begin(state: _Queue) -> _Queue:
+        """Give idle rows the next rollouts of what their group has in view."""
+        place = jnp.argmax(state.started < state.stop, axis=1)  # there is at most one
+
+        def of_place(x: Array) -> Array:
+            return jnp.take_along_axis(x, place.reshape(-1, *(1,) * (x.ndim - 1)), axis=1)
+
+        started = of_place(state.started)
+        number = started + jnp.cumsum(~state.active, axis=1) - 1
+        begins = ~state.active & (number < of_place(state.stop))
+        rollout = jnp.where(begins, of_place(state.context) * n + number, state.rollout)
+
+        def of_rollout(x: Array) -> Array:
+            return jax.vmap(lambda x, i: x[i])(x, rollout.reshape(parts, -1)).reshape(groups, members, *x.shape[2:])
+
+        limit = jnp.where(begins, of_rollout(budget), state.budget)
+        begun = jnp.sum(begins, axis=1, keepdims=True) * (jnp.arange(IN_VIEW) == place[:, None])
+        return state._replace(
+            rollout=rollout,
+            place=jnp.where(begins, place[:, None], state.place),
+            at=jnp.where(begins, 0, state.at),
+            budget=limit,
+            active=(state.active | begins) & (limit > 0),
+            keys=jnp.where(begins[:, :, None], of_rollout(keys), state.keys),
+            hidden=jnp.where(begins[:, :, None], of_place(state.first_hidden), state.hidden),
+            started=state.started + begun,
+        )
+
+    def step(state: _Queue) -> _Queue:
+        state = begin(state)
+        at, active = state.at.reshape(-1), state.active.reshape(-1)
+        typed = jax.random.wrap_key_data(state.keys.reshape(-1, 2), impl="threefry2x32")
+        logits = constrain(model.logits(state.hidden.reshape(groups * members, -1)), "batch", "vocab")
+        drawn = draw(logits, jax.vmap(jax.random.fold_in)(typed, at), rules)
+        ended = jnp.any(drawn.token[:, None] == eos_ids, axis=1)
+        # Rows without a rollout write nowhere.
+        target = jnp.where(active, state.rollout.reshape(-1), of_part * n).reshape(parts, -1)
+        when = at.reshape(parts, -1)
+
+        def record(x: Array, new: Array) -> Array:
+            new = new.reshape(parts, -1)
+            if x.ndim == 2:
+                return jax.vmap(lambda x, i, new: x.at[i].set(new, mode="drop"))(x, target, new)
+            return jax.vmap(lambda x, i, t, new: x.at[i, t].set(new, mode="drop"))(x, target, when, new)
+
+        records = (record(x, new) for x, new in zip(state.out, (*drawn, at + 1, ended)))
+        out = Rollouts(*records, state.out.steps + 1)
+        place = state.place.reshape(-1)
+        length = jnp.take_along_axis(state.length, state.place, axis=1).reshape(-1)
+        seen = View(state.shared, jnp.zeros_like(place), place * width, place * width + length)
+        hidden, cache = model.extend(drawn.token, state.cache, at, (seen,))
+        goes_on = active & ~ended & (at + 1 < state.budget.reshape(-1))
+        return state._replace(
+            at=(at + 1).reshape(groups, members),
+            active=goes_on.reshape(groups, members),
+            hidden=constrain(hidden, "batch", None).reshape(groups, members, -1),
+            cache=placed(cache, "batch"),
+            out=out,
+        )
+
+    def to_load(state: _Queue) -> Array:
+        return jnp.any(room(state)[0])
+
+    def to_decode(state: _Queue) -> Array:
+        return jnp.any(state.active) | jnp.any(state.started < state.stop)
+
+    def turn(state: _Queue) -> _Queue:
+        state = jax.lax.while_loop(to_load, load, state)
+        return jax.lax.while_loop(lambda state: to_decode(state) & ~to_load(state), step, state)
+
+    of_rows = jnp.zeros((groups, members), jnp.int32)
+    in_view = jnp.zeros((groups, IN_VIEW), jnp.int32)
+    blank = jnp.zeros((parts, of_part * n, max_new), jnp.float32)
+    size = model.config.hidden_size
+    state = _Queue(
+        rollout=of_rows,
+        place=of_rows,
+        at=of_rows,
+        budget=of_rows,
+        active=of_rows > 0,
+        keys=jnp.zeros((groups, members, 2), jnp.uint32),
+        hidden=jnp.zeros((groups, members, size), dtype),
+        cache=placed(empty_cache(model.config, groups * members, max_new, dtype), "batch"),
+        context=in_view,
+        started=in_view,
+        stop=in_view,
+        length=in_view,
+        first_hidden=jnp.zeros((groups, IN_VIEW, size), dtype),
+        shared=placed(empty_cache(model.config, groups, IN_VIEW * width, dtype), "context"),
+        loaded=jnp.zeros(parts, jnp.int32),
+        out=Rollouts(
+            blank.astype(jnp.int32), *(blank,) * 3, blank[:, :, 0].astype(jnp.int32), blank[:, :, 0] > 0, jnp.int32(0)
+        ),
+    )
+    end = jax.lax.while_loop(lambda state: to_load(state) | to_decode(state), turn, state)
+    return Rollouts(*(x.reshape(-1, *x.shape[2:]) for x in end.out[:6]), end.out.steps)
 
 
-@partial(jax.jit, static_argnames=("graph", "rules", "repeats", "max_new", "slots"))
+def constrain_all(x: Array, axis: str) -> Array:
+    """x, its first axis split as logical `axis`."""
+    return constrain(x, axis, *(None,) * (x.ndim - 1))
+
+
+@partial(jax.jit, static_argnames=("graph", "rules", "max_new", "groups", "members"))
 def roll_out(
     graph: nnx.GraphDef,
     params: nnx.State,
     context: Array,
     context_length: Array,
-    hint: Array,
-    hint_length: Array,
     keys: Array,
     budget: Array,
     eos_ids: Array,
     *,
     rules: tuple[Rule, ...],
-    repeats: int,
     max_new: int,
-    slots: int | None = None,
+    groups: int,
+    members: int,
 ) -> Rollouts:
-    """`repeats` rollouts of each context, which is computed once.
+    """N rollouts of each of Q contexts, each context computed and held once.
 
-    context [A, P] int32 with context_length [A] (prompt and kept prefix); hint [A, Q] int32 with hint_length [A]
-    follows it (Q = 0: none); keys [A * repeats, 2] uint32 and budget [A * repeats] int32, a context's rollouts
-    together. slots: of the cache, at least each row's context, hint and budget (default: for the largest of each).
-    Returns Rollouts with B = A * repeats.
+    context [Q, P] int32 with context_length [Q]; keys [Q, N, 2] uint32 and budget [Q, N] int32. With groups * members =
+    Q * N rows all rollouts are decoded at once, with fewer one after another (`decode_queue`). Returns Q * N rollouts.
     """
     model = nnx.merge(graph, params)
-    width = context.shape[1] + hint.shape[1]
-    slots = width + max_new if slots is None else slots
-    # Room for many new tokens comes after the contexts are computed: else they would attend to it all, and contexts
-    # that the mesh does not divide would hold it on every device. Little room is there from the start: no cache moves.
-    first = width + max_new if width + max_new <= MADE_AT_ONCE else width
-    cache = placed(empty_cache(model.config, context.shape[0], first, model.embed[...].dtype), "context")
-    hidden, cache = model.extend(context, context_length, cache)
-    last = _last(constrain(hidden, "context", None, None), context_length)
-    if hint.shape[1]:
-        hidden, cache = model.extend(hint, hint_length, cache)
-        last = _last(constrain(hidden, "context", None, None), hint_length)
-    logits = jnp.repeat(model.logits(last), repeats, axis=0)
-    typed = jax.random.wrap_key_data(keys, impl="threefry2x32")
-    cache = with_slots(repeat_rows(cache, repeats), max(first, slots))
-    return decode(model, cache, logits, typed, budget, eos_ids, rules, max_new)
-
-
-def _last(hidden: Array, count: Array) -> Array:
-    """hidden [A, P, D], count [A] >= 1 -> the hidden state of each row's last real token, [A, D]."""
-    return jnp.take_along_axis(hidden, (count - 1)[:, None, None], axis=1)[:, 0]
-
-
-@partial(jax.jit, static_argnames=("graph", "chunk"))
-def score(graph: nnx.GraphDef, params: nnx.State, tokens: Array, *, chunk: int = 512) -> tuple[Array, Array]:
-    """Teacher-forced log-probability and entropy of every token: one pass, the vocabulary in chunks of positions.
-
-    tokens [B, L] int32 -> logprob, entropy [B, L] float32 nats; entry t is of the distribution that predicts token t,
-    entry 0 is 0.
-    """
-    model = nnx.merge(graph, params)
-    # Not of tokens[:, :-1]: a TPU is slow with lengths that are no multiple of 8, and its compiler five times slower.
-    hidden = constrain(model(tokens), "batch", None, None)[:, :-1]
-    rows, length, width = hidden.shape
-    parts = -(-tokens.shape[1] // chunk)
-    chunk = -(-tokens.shape[1] // parts)  # equal parts: little padding
-    pad = -length % chunk
-    hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0))).reshape(rows, -1, chunk, width).swapaxes(0, 1)
-    targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, pad))).reshape(rows, -1, chunk).swapaxes(0, 1)
-
-    def part(args: tuple[Array, Array]) -> tuple[Array, Array]:
-        logits = constrain(model.logits(args[0]), "batch", None, "vocab")
-        entropy, log_z = entropy_of(logits)
-        return jnp.take_along_axis(logits, args[1][..., None], axis=-1)[..., 0] - log_z, entropy
-
-    logprob, entropy = (x.swapaxes(0, 1).reshape(rows, -1)[:, :length] for x in jax.lax.map(part, (hidden, targets)))
-    return jnp.pad(logprob, ((0, 0), (1, 0))), jnp.pad(entropy, ((0, 0), (1, 0)))
+    (count, n), words = budget.shape, keys.reshape(-1, 2)
+    if groups * members < count * n:
+        return decode_queue(
+            model, context, context_length, keys, budget, eos_ids, rules, max_new, groups, members
+        )
+    hidden, cache = model.read(context, context_length)
+    last = last_hidden(constrain(hidden, "context", None, None), context_length)
+    seen = view(placed(cache, "context")).repeat(n)
+    typed = jax.random.wrap_key_data(words, impl="threefry2x32")
+    out, _ = decode(model, jnp.repeat(last, n, axis=0), (seen,), typed, budget.reshape(-1), eos_ids, rules, max_new)
+    return out
 
 
 def key_words(digest: bytes) -> np.ndarray:

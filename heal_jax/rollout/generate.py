@@ -11,20 +11,20 @@ import numpy as np
 from heal_jax.config import SampleSpec, check
 from heal_jax.errors import InputError
 from heal_jax.model.lm import LanguageModel, Rollout
-from heal_jax.model.mesh import batch_parts, put_batch, using, whole_rows
+from heal_jax.model.mesh import batch_parts, parts_of, put_batch, using
 from heal_jax.processes import fetch
-from heal_jax.rollout.decode import key_words, roll_out, score
+from heal_jax.rollout.decode import key_words, roll_out
 from heal_jax.rollout.sampling import Rule, rules
+from heal_jax.rollout.score import score
 from heal_jax.rollout.steps import find_steps
-from heal_jax.shapes import Shape, bucket
+from heal_jax.shapes import ScoreShape, Shape, at_once, bucket
 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Rollouts that share a context: ids seed their randomness; budget bounds the new tokens of each."""
+    """Rollouts that share a context (with its hint): ids seed their randomness; budget bounds the new tokens of each."""
 
     context: tuple[int, ...]
-    hint: tuple[int, ...]
     rollout_ids: tuple[str, ...]
     budget: int
 
@@ -47,44 +47,57 @@ def key_of(name: str) -> np.ndarray:
 
 
 def pad_rows(rows: Sequence[Sequence[int]], width: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Right-padded [count, width] int32 and lengths [count] int32; rows beyond the given ones repeat the first."""
+    """Right-padded [count, width] int32 and lengths [count] int32; rows beyond the given ones are empty."""
     tokens, length = np.zeros((count, width), np.int32), np.zeros(count, np.int32)
-    for i in range(count):
-        row = rows[i] if i < len(rows) else rows[0]
+    for i, row in enumerate(rows):
         tokens[i, : len(row)] = row
         length[i] = len(row)
     return tokens, length
 
 
-def batch_arrays(groups: Sequence[Group], shape: Shape) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
-    """What `roll_out` is given, by context (context, context_length, hint, hint_length) and by row (keys, budget)."""
-    context, context_length = pad_rows([g.context for g in groups], shape.context_length, shape.contexts)
-    hint, hint_length = pad_rows([g.hint for g in groups], shape.hint_length, shape.contexts)
-    rows = shape.contexts * shape.repeats
-    keys, budget = np.zeros((rows, 2), np.uint32), np.zeros(rows, np.int32)
-    for i, group in enumerate(groups):
+def dealt(shape: Shape, parts: int) -> tuple[int, np.ndarray]:
+    """How many contexts a program for `parts` parts of a mesh takes, and the place of each of the shape's among them.
+
+    As many as the parts divide. One goes to each part in turn, so that all have the same work to the end.
+    """
+    rows = shape.repeats if shape.at_once else 1
+    unit = parts // math.gcd(parts, rows)
+    count = -(-shape.contexts // unit) * unit
+    split = parts_of(parts, count, count if shape.at_once else shape.groups)
+    order = np.arange(count)
+    return count, order % split * (count // split) + order // split
+
+
+def batch_arrays(groups: Sequence[Group], shape: Shape, parts: int) -> tuple[np.ndarray, ...]:
+    """What `roll_out` is given by context, over `parts` parts of a mesh: context [Q, P], context_length [Q], keys [Q, N, 2],
+    budget [Q, N]; Q and each group's place as `dealt` says."""
+    count, order = dealt(shape, parts)
+    context, length = np.zeros((count, shape.context_length), np.int32), np.zeros(count, np.int32)
+    keys, budget = np.zeros((count, shape.repeats, 2), np.uint32), np.zeros((count, shape.repeats), np.int32)
+    for i, group in zip(order, groups):
+        context[i, : len(group.context)], length[i] = group.context, len(group.context)
         for j, rollout_id in enumerate(group.rollout_ids):
-            keys[i * shape.repeats + j] = key_of(rollout_id)
-            budget[i * shape.repeats + j] = min(group.budget, shape.max_new)
-    return (context, context_length, hint, hint_length), (keys, budget)
+            keys[i, j] = key_of(rollout_id)
+            budget[i, j] = min(group.budget, shape.max_new)
+    return context, length, keys, budget
 
 
 def generate(lm: LanguageModel, groups: Sequence[Group], shape: Shape, rules: tuple[Rule, ...]) -> list[list[Decoded]]:
-    """Decode one batch: at most shape.contexts groups of shape.repeats rollouts -> the rollouts of each group."""
-    contexts, rows = batch_arrays(groups, shape)
+    """Decode a shard: at most shape.contexts groups of shape.repeats rollouts -> the rollouts of each group."""
+    parts = batch_parts(lm.mesh)
+    count, order = dealt(shape, parts)
     with using(lm.mesh):
         out = roll_out(
             lm.model.graph,
             lm.model.params,
-            *put_batch(lm.mesh, contexts, "context"),
-            *put_batch(lm.mesh, rows),
+            *put_batch(lm.mesh, batch_arrays(groups, shape, parts), "context"),
             lm.eos_ids,
             rules=rules,
-            repeats=shape.repeats,
             max_new=bucket(shape.max_new),
-            slots=shape.slots,
+            groups=count if shape.at_once else shape.groups,
+            members=shape.members,
         )
-    tokens, entropy, logprob, sampling, length, stopped = fetch(out)
+    tokens, entropy, logprob, sampling, length, stopped, _ = fetch(out)
 
     def decoded(row: int, rollout_id: str) -> Decoded:
         n = int(length[row])
@@ -93,7 +106,7 @@ def generate(lm: LanguageModel, groups: Sequence[Group], shape: Shape, rules: tu
 
     return [
         [decoded(i * shape.repeats + j, rollout_id) for j, rollout_id in enumerate(group.rollout_ids)]
-        for i, group in enumerate(groups)
+        for i, group in zip(order, groups)
     ]
 
 
@@ -113,14 +126,11 @@ def rollouts(
             f"prompts of up to {width} tokens and {spec.max_new_tokens} new ones need more than the model's "
             f"{config.max_positions} positions; shorten one or the other"
         )
-    parts = batch_parts(lm.mesh)
-    unit = parts // math.gcd(parts, spec.n)  # contexts whose rollouts the mesh divides
-    contexts = -(-min(spec.batch // spec.n, len(ids)) // unit) * unit
-    shape = Shape(contexts, spec.n, width, 0, spec.max_new_tokens)
+    shape = at_once(min(max(1, spec.batch // spec.n), len(ids)), spec.n, width, spec.max_new_tokens)
     groups = []
     for i in ids:
         name = hashlib.sha256(np.asarray(i, "<i4").tobytes()).hexdigest()
-        groups.append(Group(tuple(i), (), tuple(f"{name}/{j}/s{seed}" for j in range(spec.n)), spec.max_new_tokens))
+        groups.append(Group(tuple(i), tuple(f"{name}/{j}/s{seed}" for j in range(spec.n)), spec.max_new_tokens))
     made: list[list[Rollout]] = []
     for start in range(0, len(groups), shape.contexts):
         part = groups[start : start + shape.contexts]
@@ -135,24 +145,56 @@ def rollouts(
     return made
 
 
-def score_sequences(
-    lm: LanguageModel, sequences: Sequence[tuple[int, ...]], width: int, rows: int
+def score_texts(
+    lm: LanguageModel, texts: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], shape: ScoreShape
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Teacher-forced log-probability and entropy of every token of each sequence, [n] float32 each.
+    """Teacher-forced log-probability and entropy of every token of each text after its context, [n] float32 each.
 
-    Identical sequences are computed once, in batches of [rows, width] (more rows where the mesh does not divide them).
+    texts: (context, tokens) pairs. Equal pairs are computed once, and a context once a batch.
     """
-    rows = whole_rows(lm.mesh, rows)
-    distinct = list(dict.fromkeys(sequences))
-    found: dict[tuple[int, ...], tuple[np.ndarray, np.ndarray]] = {}
-    for start in range(0, len(distinct), rows):
-        part = distinct[start : start + rows]
-        tokens, _ = pad_rows(part, width, rows)
+    parts = batch_parts(lm.mesh)
+    # As many as the mesh divides; each part of it has contexts of its own.
+    contexts, rows = (-(-size // parts) for size in (shape.contexts, shape.rows))
+    bins: list[dict[tuple[int, ...], list[tuple[int, ...]]]] = []
+    for context, tokens in sorted(dict.fromkeys(texts)):
+        last = bins[-1] if bins else None
+        full = last is None or sum(map(len, last.values())) == rows or (context not in last and len(last) == contexts)
+        if full:
+            bins.append(last := {})
+        last.setdefault(context, []).append(tokens)
+    found: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[np.ndarray, np.ndarray]] = {}
+    for start in range(0, len(bins), parts):
+        part = bins[start : start + parts]
+        arrays = _score_arrays(part, parts, contexts, rows, shape)
         with using(lm.mesh):
-            scored = score(lm.model.graph, lm.model.params, put_batch(lm.mesh, tokens))
+            placed = put_batch(lm.mesh, arrays[:2], "context"), put_batch(lm.mesh, arrays[2:])
+            scored = score(lm.model.graph, lm.model.params, *placed[0], *placed[1])
         logprob, entropy = fetch(scored)
-        found |= {seq: (logprob[i, : len(seq)], entropy[i, : len(seq)]) for i, seq in enumerate(part)}
-    return [found[sequence] for sequence in sequences]
+        for i, several in enumerate(part):
+            pairs = [(context, tokens) for context, all_of in several.items() for tokens in all_of]
+            for row, (context, tokens) in enumerate(pairs, i * rows):
+                found[context, tokens] = logprob[row, : len(tokens)], entropy[row, : len(tokens)]
+    return [found[text] for text in texts]
+
+
+def _score_arrays(
+    bins: Sequence[dict[tuple[int, ...], list[tuple[int, ...]]]],
+    parts: int,
+    contexts: int,
+    rows: int,
+    shape: ScoreShape,
+) -> tuple[np.ndarray, ...]:
+    """What `score` is given: context, context_length, of_row, tokens; `contexts` and `rows` of each part of the mesh."""
+    context, length = np.zeros((parts * contexts, shape.context_length), np.int32), np.ones(parts * contexts, np.int32)
+    of_row, tokens = np.zeros(parts * rows, np.int32), np.zeros((parts * rows, shape.length), np.int32)
+    for i, several in enumerate(bins):
+        row = i * rows
+        for j, (ids, texts) in enumerate(several.items()):
+            context[i * contexts + j, : len(ids)], length[i * contexts + j] = ids, len(ids)
+            for text in texts:
+                of_row[row], tokens[row, : len(text)] = j, text
+                row += 1
+    return context, length, of_row, tokens
 
 
 def split_steps(
