@@ -20,6 +20,9 @@ from heal_jax.rollout.sampling import Rule
 
 IN_VIEW = 2  # contexts that a group of rows works on at a time, where rows take one rollout after another
 
+# Names of the loops in the compiled program, for profiles and `heal plan`.
+STEPS, READS, TURNS = "decode_steps", "read_contexts", "turns"
+
 
 class Rollouts(NamedTuple):
     """What decoding records, of R rollouts. tokens [R, T] int32; entropy, logprob, sampling_logprob [R, T] float32 (nats,
@@ -98,7 +101,8 @@ def decode(
 
     own = placed(empty_cache(model.config, rows, max_new, hidden.dtype), "batch")
     start = _Rows(constrain(hidden, "batch", None), own, budget > 0, out)
-    end = jax.lax.while_loop(lambda state: jnp.any(state.active), step, start)
+    with jax.named_scope(STEPS):
+        end = jax.lax.while_loop(lambda state: jnp.any(state.active), step, start)
     return end.out, end.cache._replace(length=end.out.length)
 
 
@@ -290,8 +294,10 @@ def decode_queue(
         return jnp.any(state.active) | jnp.any(state.started < state.stop)
 
     def turn(state: _Queue) -> _Queue:
-        state = jax.lax.while_loop(to_load, load, state)
-        return jax.lax.while_loop(lambda state: to_decode(state) & ~to_load(state), step, state)
+        with jax.named_scope(READS):
+            state = jax.lax.while_loop(to_load, load, state)
+        with jax.named_scope(STEPS):
+            return jax.lax.while_loop(lambda state: to_decode(state) & ~to_load(state), step, state)
 
     of_rows = jnp.zeros((groups, members), jnp.int32)
     in_view = jnp.zeros((groups, IN_VIEW), jnp.int32)
@@ -317,7 +323,8 @@ def decode_queue(
             blank.astype(jnp.int32), *(blank,) * 3, blank[:, :, 0].astype(jnp.int32), blank[:, :, 0] > 0, jnp.int32(0)
         ),
     )
-    end = jax.lax.while_loop(lambda state: to_load(state) | to_decode(state), turn, state)
+    with jax.named_scope(TURNS):
+        end = jax.lax.while_loop(lambda state: to_load(state) | to_decode(state), turn, state)
     return Rollouts(*(x.reshape(-1, *x.shape[2:]) for x in end.out[:6]), end.out.steps)
 
 
