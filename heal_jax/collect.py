@@ -281,20 +281,22 @@ def _pure(
     # The hint is left out: what was kept follows the plain prompt.
     texts = [(run.prompts[m.problem.id] + m.kept, tuple(map(int, m.decoded.tokens))) for m in (made[i] for i in aided)]
     rescored = dict(zip(aided, score_texts(lm, texts, score_shape(run.config, longest))))
-    logprob, entropy = np.zeros(index.shape, np.float32), np.zeros(index.shape, np.float32)
-    steps = np.full(index.shape, -1, np.int32)
+    # Batches of one shape, whatever there is to score.
+    rows = -(-len(made) // 256) * 256
+    logprob, entropy = np.zeros((2, rows, index.shape[1]), np.float32)
+    answer, kept, length = np.zeros((rows, 2), np.int32), np.zeros(rows, np.int32), np.zeros(rows, np.int32)
     for i in chosen:
         m = made[i]
-        n, text = len(m.tokens), len(lm.tokenizer.without_eos(list(m.tokens)))
+        n, kept[i], length[i] = len(m.tokens), len(m.kept), len(lm.tokenizer.without_eos(list(m.tokens)))
         if i in rescored:
-            logprob[i, len(m.kept) : n], entropy[i, len(m.kept) : n] = rescored[i]
+            logprob[i, kept[i] : n], entropy[i, kept[i] : n] = rescored[i]
         else:
             logprob[i, :n], entropy[i, :n] = m.decoded.logprob, m.decoded.entropy
-        steps[i] = scored_steps(index[i], answer_tokens(run, m), len(m.kept), text)
-    rows = -(-len(made) // 256) * 256
-    padded = [np.pad(x, ((0, rows - len(made)), (0, 0)), constant_values=fill) for x, fill in
-              ((logprob, 0), (entropy, 0), (steps, -1))]  # fmt: skip
-    result = purity(*padded, spec.epsilon, spec.max_weight, steps=bucket(int(steps.max(initial=0)) + 1))
+        answer[i] = answer_tokens(run, m) or (0, 0)
+    padded = np.pad(index, ((0, rows - len(made)), (0, 0)), constant_values=-1)
+    steps = np.asarray(scored_steps(padded, answer, kept, length))
+    most = bucket(int(steps.max(initial=0)) + 1)
+    result = purity(logprob, entropy, steps, spec.epsilon, spec.max_weight, steps=most)
     ppl, expected, count, score = (np.asarray(x) for x in result)
     out: list[tuple[np.ndarray, np.ndarray, float] | None] = [None] * len(made)
     for i in chosen:

@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from heal_jax.gear import segment_mean
@@ -23,22 +22,27 @@ class Purity(NamedTuple):
     score: Array
 
 
-def scored_steps(step_index: np.ndarray, answer: tuple[int, int] | None, kept: int, length: int) -> np.ndarray:
-    """Which scored step each token of one rollout belongs to, -1 for none: [T] int32.
+@jax.jit
+def scored_steps(step_index: Array, answer: Array, kept: Array, length: Array) -> Array:
+    """Which scored step each token of each rollout belongs to, -1 for none: [B, T] int32.
 
-    step_index [T] text steps; answer: first and last + 1 token of the answer, which become one more step, the last;
-    kept: tokens of the kept prefix, whose steps are not scored; length: tokens without the EOS. A step left empty
-    vanishes: the numbers are dense.
+    step_index [B, T] int32, text steps; answer [B, 2] int32: first and last + 1 token of the answer, which become one more
+    step, the last (none where the two are equal); kept [B] int32: tokens of the kept prefix, whose steps are not scored;
+    length [B] int32: tokens without the EOS. A step left empty vanishes: the numbers are dense.
     """
-    at = np.arange(len(step_index))
+    rows, width = step_index.shape
+    at = jnp.arange(width)
     # A step is scored when it starts at or after the cut: a continuation may begin with what still belongs to the kept
     # prefix's last step (white space). Tokens of no step (after a thinking part) are scored only in the answer.
-    inside = (at >= kept) & (at < length)
-    raw = np.where(inside & (step_index > (step_index[kept - 1] if kept else -1)), step_index, -1)
-    if answer is not None:
-        raw = np.where(inside & (at >= answer[0]) & (at < answer[1]), np.iinfo(np.int32).max, raw)
-    present = np.unique(raw[raw >= 0])
-    return np.where(raw >= 0, np.searchsorted(present, raw), -1).astype(np.int32)
+    inside = (at >= kept[:, None]) & (at < length[:, None])
+    cut = jnp.take_along_axis(step_index, jnp.maximum(kept - 1, 0)[:, None], axis=1)
+    raw = jnp.where(inside & (step_index > jnp.where(kept[:, None] > 0, cut, -1)), step_index, -1)
+    in_answer = inside & (at >= answer[:, :1]) & (at < answer[:, 1:])
+    raw = jnp.where(in_answer, -1, raw)
+    seen = jnp.zeros((rows, width + 1), bool).at[jnp.arange(rows)[:, None], jnp.where(raw < 0, width, raw)].set(True)
+    number = jnp.cumsum(seen[:, :width], axis=1) - 1
+    dense = jnp.where(raw < 0, -1, jnp.take_along_axis(number, jnp.maximum(raw, 0), axis=1))
+    return jnp.where(in_answer, number[:, -1:] + 1, dense).astype(jnp.int32)
 
 
 @partial(jax.jit, static_argnames=("steps",))

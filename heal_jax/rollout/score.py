@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from heal_jax.model.decoder import Cache, Decoder, View, view
+from heal_jax.model.decoder import Decoder, View, view
 from heal_jax.model.mesh import constrain, parts_here
 from heal_jax.rollout.draw import entropy_of
 
@@ -31,8 +31,8 @@ def score(
     # The last token of a context is read again with each row: it predicts the row's first.
     cache = model.read(context, context_length - 1)[1]
     last = jnp.take_along_axis(context, (context_length - 1)[:, None], axis=1)[:, 0]
-    seen = view(cache)
-    return teacher_forced(model, pick(last, of_row), tokens, (pick_view(seen, of_row),))
+    seen, parts = view(cache), parts_here(context.shape[0], tokens.shape[0])
+    return teacher_forced(model, pick(last, of_row, parts), tokens, (pick_view(seen, of_row, parts),))
 
 
 def teacher_forced(model: Decoder, before: Array, tokens: Array, views: tuple[View, ...]) -> tuple[Array, Array]:
@@ -58,14 +58,14 @@ def teacher_forced(model: Decoder, before: Array, tokens: Array, views: tuple[Vi
     return logprob, entropy
 
 
-def pick(x: Array, index: Array) -> Array:
-    """Rows `index` [B] int32 of x [A, ...] -> [B, ...]; an index counts within its own part of the mesh."""
-    parts = parts_here(x.shape[0], index.shape[0])
+def pick(x: Array, index: Array, parts: int) -> Array:
+    """Rows `index` [B] int32 of x [A, ...] -> [B, ...], each counted in its own one of `parts` equal parts of x."""
     split, at = x.reshape(parts, -1, *x.shape[1:]), index.reshape(parts, -1)
     return jax.vmap(lambda x, i: x[i])(split, at).reshape(-1, *x.shape[1:])
 
 
-def pick_view(seen: View, index: Array) -> View:
-    """`pick` of the rows of a view's cache that one row each sees."""
-    caches = jax.tree.map(lambda x: pick(x, index), seen.cache)
-    return View(Cache(*caches), pick(seen.start, index), pick(seen.first, index), pick(seen.last, index))
+def pick_view(seen: View, index: Array, parts: int) -> View:
+    """`pick` of the rows that see a cache, with a copy of what each of them sees."""
+    times = seen.start.shape[0] // seen.cache.length.shape[0]
+    cache = jax.tree.map(lambda x: pick(x, index // times, parts), seen.cache)
+    return View(cache, *(pick(x, index, parts) for x in seen[1:]))

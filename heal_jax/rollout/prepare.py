@@ -1,0 +1,47 @@
+"""What `heal_round` is given, from problems as text."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from heal_jax.config import Config
+from heal_jax.model.tokenizer import Tokenizer
+from heal_jax.problems.answers import answer_span
+from heal_jax.problems.sources import Problem
+from heal_jax.rollout.generate import key_of, pad_rows
+from heal_jax.rollout.heal_round import Problems
+from heal_jax.rollout.steps import columns
+from heal_jax.run import hint_text, plain_question
+from heal_jax.shapes import bucket
+
+
+def prepare(config: Config, tokenizer: Tokenizer, problems: Sequence[Problem]) -> Problems:
+    """The arrays of a round over these problems, with the keys that the stages use: the same rollouts come out."""
+    n, repairs, seed = config.sample.n, config.gear.repairs, config.seed
+    prompts = [tokenizer.prompt(plain_question(config, p)) for p in problems]
+    hints = [tokenizer.encode(hint_text(config, p)) for p in problems]
+    answers = [tokenizer.encode(config.grade.answer_open + p.answer + config.grade.answer_close) for p in problems]
+    padded = [pad_rows(rows, bucket(max(map(len, rows))), len(problems)) for rows in (prompts, hints, answers)]
+    base = [[f"{p.id}/base/{i}/s{seed}" for i in range(n)] for p in problems]
+
+    def repair_keys(problem: Problem) -> list[list[np.ndarray]]:
+        return [[key_of(f"{problem.id}/repair/{i}.{j}/s{seed}") for j in range(repairs)] for i in range(n)]
+
+    return Problems(
+        *padded[0],
+        *padded[1],
+        *padded[2],
+        np.array([_span(tokenizer, ids, config) for ids in answers], np.int32),
+        np.array([[key_of(name) for name in names] for names in base]),
+        np.array([[key_of(name + "/breakpoint") for name in names] for names in base]),
+        np.array([repair_keys(p) for p in problems]),
+        columns(tokenizer.newlines),
+    )
+
+
+def _span(tokenizer: Tokenizer, ids: list[int], config: Config) -> tuple[int, int]:
+    """First and last + 1 token that overlap the answer between its marks."""
+    spans = tokenizer.spans(ids)
+    found = answer_span("".join(text for text, _ in spans), config.grade.answer_open, config.grade.answer_close)
+    hit = [i for i, (text, start) in enumerate(spans) if found and start < found[1] and start + len(text) > found[0]]
+    return (hit[0], hit[-1] + 1) if hit else (0, len(ids))
