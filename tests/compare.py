@@ -12,6 +12,7 @@ from conftest import COMMAND, ENVIRONMENT, TINY
 from flax import nnx
 from safetensors.numpy import load_file
 
+from heal_jax.rollout.draw import block_width
 from heal_jax.rollout.generate import key_of
 from heal_jax.store import RunDirectory, read_table
 from heal_jax.train.data import read_stage
@@ -46,11 +47,18 @@ def finished(out: Path, **mesh: int) -> Path:
 
 
 def perturbed_logits(lm, context, rollout_id, step):
-    """What the decode loop took the largest of, recomputed: raw logits after `context` plus the rollout's own noise."""
+    """How far each token was from being drawn, recomputed: raw logits after `context` and the rollout's own noise, by
+    which a block of the vocabulary is drawn and then a token of it. 0 is the best; both steps' distances add up.
+    """
     decoder = nnx.merge(lm.model.graph, lm.model.params)
     logits = decoder.logits(decoder(jnp.asarray([context], jnp.int32))[:, -1])[0]
     key = jax.random.fold_in(jax.random.wrap_key_data(jnp.asarray(key_of(rollout_id)), impl="threefry2x32"), step)
-    return np.asarray(logits + jax.random.gumbel(key, logits.shape))
+    width = block_width(len(logits))
+    blocks, noise = logits.reshape(-1, width), jax.random.gumbel(key, (len(logits) // width + width,))
+    block = jax.nn.logsumexp(blocks, axis=1) + noise[: len(blocks)]
+    within = blocks + noise[len(blocks) :]
+    distance = (block - block.max())[:, None] + within - within.max(axis=1, keepdims=True)
+    return np.asarray(distance).ravel()
 
 
 def first_difference(a, b):

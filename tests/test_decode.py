@@ -15,9 +15,11 @@ from test_model import hf_folder, hf_logits
 from heal_jax.config import SampleSpec
 from heal_jax.model.mesh import make_mesh, put_batch, using
 from heal_jax.model.weights import load
-from heal_jax.rollout.decode import entropy_of, roll_out, score
+from heal_jax.rollout.decode import IN_VIEW, roll_out
+from heal_jax.rollout.draw import block_width, draw, entropy_of
 from heal_jax.rollout.generate import key_of, pad_rows
 from heal_jax.rollout.sampling import Greedy, MinP, Temperature, TopK, TopP, apply, rules
+from heal_jax.rollout.score import score
 
 VOCAB = 61
 
@@ -35,23 +37,24 @@ def sample(
     names,
     *,
     hints=None,
-    repeats=1,
     rules=(),
     max_new=16,
     budget=None,
     eos=(1,),
     mesh=None,
-    slots=None,
+    rows=None,
 ):
-    """Rollouts of the contexts as NumPy arrays; `names` seed them."""
-    context, context_length = pad_rows(contexts, 12, len(contexts))
-    hint, hint_length = pad_rows(hints or [[]] * len(contexts), 4 if hints else 0, len(contexts))
-    keys = np.stack([key_of(name) for name in names])
-    limit = np.full(len(names), max_new if budget is None else budget, np.int32)
-    arrays = *put_batch(mesh, (context, context_length, hint, hint_length), "context"), *put_batch(mesh, (keys, limit))
-    static = {"rules": tuple(rules), "repeats": repeats, "max_new": max_new, "slots": slots}
+    """Rollouts of the contexts as NumPy arrays; `names` seed them. rows: groups and members of them (default: a row for
+    every rollout)."""
+    contexts = [[*context, *hint] for context, hint in zip(contexts, hints or [[]] * len(contexts))]
+    arrays = pad_rows(contexts, 12, len(contexts))
+    keys = np.stack([key_of(name) for name in names]).reshape(len(contexts), -1, 2)
+    limit = np.broadcast_to(max_new if budget is None else budget, len(names)).astype(np.int32).reshape(keys.shape[:2])
+    groups, members = rows or keys.shape[:2]
+    placed = put_batch(mesh, (*arrays, keys, limit), "context")
+    static = {"rules": tuple(rules), "max_new": max_new, "groups": groups, "members": members}
     with using(mesh):
-        return jax.device_get(roll_out(model.graph, model.params, *arrays, jnp.asarray(eos), **static))
+        return jax.device_get(roll_out(model.graph, model.params, *placed, jnp.asarray(eos), **static))
 
 
 def log_softmax(logits):
@@ -72,11 +75,11 @@ CONTEXTS = [[5, 9, 2], [7, 7, 8, 3, 30, 12], [4]]
 HINTS = [[11, 12], [13], [14, 15, 16]]
 
 
-def test_records_equal_transformers(models):
+def test_records_equal_transformers(models, monkeypatch):
     model, theirs = models
     names = [f"r{i}" for i in range(6)]
     spec = (Temperature(0.7), TopK(20))
-    out = sample(model, CONTEXTS, names, hints=HINTS, repeats=2, rules=spec)
+    out = sample(model, CONTEXTS, names, hints=HINTS, rules=spec)
     for row in range(6):
         n = out.length[row]
         context = CONTEXTS[row // 2] + HINTS[row // 2]
@@ -88,10 +91,13 @@ def test_records_equal_transformers(models):
         drawn = logits / 0.7
         drawn[drawn < np.sort(drawn, -1)[:, [-20]]] = -np.inf
         np.testing.assert_allclose(out.sampling_logprob[row, :n], log_softmax(drawn)[np.arange(n), tokens], atol=1e-4)
-        # The same by one teacher-forced pass, in chunks that do not divide the length.
-        logprob, entropy = score(model.graph, model.params, jnp.asarray([[*context, *tokens]]), chunk=5)
-        np.testing.assert_allclose(logprob[0, len(context) :], logp[np.arange(n), tokens], atol=1e-4)
-        np.testing.assert_allclose(entropy[0, len(context) :], out.entropy[row, :n], atol=1e-4)
+    # The same by one teacher-forced pass after each context, in chunks that do not divide the length.
+    monkeypatch.setattr("heal_jax.rollout.score.CHUNK", 5)
+    contexts = pad_rows([c + h for c, h in zip(CONTEXTS, HINTS)], 12, 3)
+    scored = score(model.graph, model.params, *contexts, np.array([0, 0, 1, 1, 2, 2]), out.tokens)
+    for ours, theirs in zip(scored, (out.logprob, out.entropy)):
+        for row, n in enumerate(out.length):
+            np.testing.assert_allclose(ours[row, :n], theirs[row, :n], atol=1e-4)
 
 
 def test_greedy_equals_transformers_generate(models):
@@ -116,7 +122,7 @@ def test_neighbours_order_and_batch_do_not_change_a_rollout(models):
             same(together, moved, i, row, 1e-6)
     for i in range(3):  # alone: another batch size, so equal up to rounding
         same(together, sample(model, [CONTEXTS[i]], [names[i]]), i, 0)
-    doubled = sample(model, CONTEXTS, [n for name in names for n in (name, name + "'")], repeats=2)
+    doubled = sample(model, CONTEXTS, [n for name in names for n in (name, name + "'")])
     for i in range(3):
         same(together, doubled, i, 2 * i)
     assert not np.array_equal(doubled.tokens[0], doubled.tokens[1])
@@ -153,17 +159,36 @@ def test_lengths_stops_and_budgets(models):
         np.testing.assert_array_equal(stopped.tokens[row, :want], free.tokens[row, :want])
 
 
-def test_a_cache_without_slots_that_no_row_can_reach(models):
+@settings(max_examples=6)
+@given(st.integers(0, 99), st.sampled_from([(1, 1), (2, 6), (3, 2)]))
+def test_rows_that_take_one_rollout_after_another(models, seed, rows):
+    """Whatever the rows, a rollout is what it is with a row of its own; some have no budget, some contexts are padding."""
     model, _ = models
-    # As in a repair: what a row has in its context it cannot decode. The last slot is used by every row.
-    budget = [18 - len(c) - len(h) for c, h in zip(CONTEXTS, HINTS)]
-    roomy, tight = (
-        sample(model, CONTEXTS, ["a", "b", "c"], hints=HINTS, budget=budget, eos=(VOCAB + 5,), slots=slots)
-        for slots in (None, 18)
-    )
-    assert roomy.length.tolist() == budget
-    for row in range(3):
-        same(roomy, tight, row, row)
+    rng = np.random.default_rng(seed)
+    contexts = [rng.integers(3, VOCAB, rng.integers(1, 12)).tolist() for _ in range(5)] + [[]]
+    names, budget = [f"{seed}/{i}" for i in range(36)], rng.integers(0, 17, 36)
+    budget[30:] = 0
+    free = sample(model, contexts, names, budget=budget, eos=(1, 2, 3, 4))
+    few = sample(model, contexts, names, budget=budget, eos=(1, 2, 3, 4), rows=rows)
+    for row in range(30):
+        same(free, few, row, row)
+    useful = free.length.sum() / (few.steps * rows[0] * rows[1])
+    assert few.steps >= free.length.max() and useful <= 1
+    if rows == (1, 1):
+        idle = few.steps - free.length.sum()
+        assert 0 <= idle <= np.sum(budget == 0)  # one row only waits for rollouts of no length
+
+
+def test_rows_are_seldom_idle(models):
+    """Lengths spread 10:1, two groups of 6 rows, 16 rollouts a row one after another: nine steps in ten make a token."""
+    model, _ = models
+    rng = np.random.default_rng(0)
+    budget = rng.integers(4, 41, (16, 12))
+    contexts = [rng.integers(3, VOCAB, 5).tolist() for _ in budget]
+    names = [f"{i}" for i in range(budget.size)]
+    out = sample(model, contexts, names, budget=budget.ravel(), eos=(VOCAB + 5,), max_new=48, rows=(2, 6))
+    np.testing.assert_array_equal(out.length, budget.ravel())
+    assert IN_VIEW == 2 and out.length.sum() / (out.steps * 12) >= 0.9
 
 
 def test_pad_id_is_an_ordinary_token(models):
@@ -176,7 +201,7 @@ def test_pad_id_is_an_ordinary_token(models):
 def test_drawn_frequencies_match_the_distribution(models):
     model, theirs = models
     rows = 4000
-    out = sample(model, [CONTEXTS[0]], [f"n{i}" for i in range(rows)], repeats=rows, max_new=1, rules=(TopK(8),))
+    out = sample(model, [CONTEXTS[0]], [f"n{i}" for i in range(rows)], max_new=1, rules=(TopK(8),))
     logits = hf_logits(theirs, [CONTEXTS[0]])[0, -1]
     best = np.argsort(logits)[-8:]
     expected = rows * np.exp(log_softmax(logits[best]))
@@ -193,6 +218,31 @@ def test_a_longer_context_or_budget_in_the_bucket_does_not_compile_again(models)
     assert roll_out._cache_size() == before
     sample(model, CONTEXTS, list("abc"), max_new=32)
     assert roll_out._cache_size() == before + 1
+
+
+@settings(max_examples=10)
+@given(st.integers(0, 99), st.sampled_from([2, 61, 96, 302, 512]), st.booleans())
+def test_draws_are_of_the_distribution(seed, vocab, ruled):
+    """By blocks of the vocabulary or not: frequencies (chi-square), and what is recorded of each token."""
+    assert vocab % block_width(vocab) == 0
+    rng = np.random.default_rng(seed)
+    logits, rows = rng.normal(0, 2, vocab).astype(np.float32), 4000
+    spec = (Temperature(0.8), TopK(40)) if ruled else ()
+    keys = jax.random.split(jax.random.key(seed), rows)
+    drawn = jax.jit(lambda x, keys: draw(jnp.broadcast_to(x, (rows, vocab)), keys, spec))(logits, keys)
+    from_ = np.asarray(apply(spec, jnp.asarray(logits)[None])[0])
+    p = np.exp(log_softmax(from_))
+    counts = np.bincount(drawn.token, minlength=vocab)
+    assert not counts[p == 0].any()
+    order = np.argsort(-p)
+    grouped = np.add.reduceat(np.stack([counts[order], rows * p[order]]), np.arange(0, vocab, -(-vocab // 12)), axis=1)
+    often = grouped[1] > 5
+    chi = ((grouped[0] - grouped[1]) ** 2 / np.maximum(grouped[1], 1e-9))[often].sum()
+    assert chi < 38  # at most 11 degrees of freedom, 0.01 %
+    logp = log_softmax(logits)
+    np.testing.assert_allclose(drawn.entropy, -(np.exp(logp) * logp).sum(), atol=1e-4)
+    np.testing.assert_allclose(drawn.logprob, logp[drawn.token], atol=1e-4)
+    np.testing.assert_allclose(drawn.sampling_logprob, np.log(p[drawn.token]), atol=1e-4)
 
 
 @given(st.integers(0, 999), st.floats(0.2, 3.0), st.integers(1, 40), st.floats(0.05, 0.99), st.floats(0.01, 0.9))

@@ -154,8 +154,7 @@ def test_pure(candidate, weight):
         array[0, : len(values)] = values
     steps = np.full(width, -1, np.int32)
     steps[: len(index) + 1] = [*index, index[-1]]  # the EOS belongs to the last step
-    scored = pure.scored_steps(steps, span, kept, len(index))
-    ours = pure.purity(*padded, scored[None], 0.01, weight, steps=K + 1)
+    ours = pure.purity(*padded, scored_steps(steps, span, kept, len(index))[None], 0.01, weight, steps=K + 1)
     n = int(ours.steps[0])
     assert n == len(order)
     np.testing.assert_allclose(ours.ppl[0, :n], ppl, rtol=1e-5)
@@ -254,14 +253,20 @@ def test_pool_keeps_the_first_of_equals():
     assert pace.pool([(1,), (2,), (1,), (3,), (2,)]) == [0, 1, 3]
 
 
+def scored_steps(steps, answer, kept, length):
+    """Of one rollout."""
+    rows = ([x] for x in (steps, answer or (0, 0), kept, length))
+    return np.asarray(pure.scored_steps(*(np.asarray(x, np.int32) for x in rows)))[0]
+
+
 def test_an_answer_after_the_thinking_part_is_scored():
     steps = np.array([0, 0, 1, 1, -1, -1, -1, -1], np.int32)  # two steps of thinking, then "answer: 42 <eos>"
-    assert pure.scored_steps(steps, (5, 7), 0, 7).tolist() == [0, 0, 1, 1, -1, 2, 2, -1]
+    assert scored_steps(steps, (5, 7), 0, 7).tolist() == [0, 0, 1, 1, -1, 2, 2, -1]
 
 
 def test_what_still_belongs_to_the_kept_step_is_not_scored():
     # kept "a\n\n", continuation "\nb...": the newline belongs to the kept step
-    assert pure.scored_steps(np.array([0, 0, 0, 1, 1]), None, 2, 5).tolist() == [-1, -1, -1, 0, 0]
+    assert scored_steps([0, 0, 0, 1, 1], None, 2, 5).tolist() == [-1, -1, -1, 0, 0]
 
 
 def test_phases():

@@ -18,10 +18,10 @@ from models import FAMILIES, LENGTH, VOCAB, entropy64, error, hf_folder, hf_logi
 from heal_jax.errors import InputError
 from heal_jax.model.config import FAMILIES as SUPPORTED
 from heal_jax.model.config import FIXED, NEUTRAL, READ, both_spellings, decoder_config, read_config_json
-from heal_jax.model.decoder import Decoder, empty_cache, repeat_rows
+from heal_jax.model.decoder import Decoder, empty_cache, view
 from heal_jax.model.mesh import make_mesh, spec
 from heal_jax.model.weights import load, save_weights, shardings, table
-from heal_jax.rollout.decode import entropy_of
+from heal_jax.rollout.draw import entropy_of
 
 EXAMPLES = 6  # random models a family
 
@@ -36,7 +36,7 @@ def parity():
     found = defaultdict(float)
     yield found
     if found:
-        columns = ("full pass", "prefill and decode", "batch 1 and N", "entropies")
+        columns = ("full pass", "prefill and decode", "shared prefixes", "batch 1 and N", "entropies")
         print("\n| family | " + " | ".join(columns) + " |")
         for family in dict.fromkeys(family for family, _ in found):
             print(f"| {family} | " + " | ".join(f"{found[family, c]:.1e}" for c in columns) + " |")
@@ -66,30 +66,47 @@ def compare(theirs, decoder, seed, note):
     want = hf_logits(theirs, tokens)
     scale = np.abs(want).max()
     forward = nnx.jit(lambda decoder, tokens: decoder.logits(decoder(tokens)))
-    extend = nnx.jit(lambda decoder, tokens, count, cache: decoder.extend(tokens, count, cache))
+    read = nnx.jit(lambda decoder, tokens, count, views: decoder.read(tokens, count, views))
+    extend = nnx.jit(lambda decoder, tokens, cache, at, views: decoder.extend(tokens, cache, at, views))
     full = forward(decoder, jnp.asarray(tokens))
     note("full pass", error(full, want, scale))
     note("entropies", float(np.abs(np.asarray(entropy_of(full)[0]) - entropy64(want)).max()))
 
     counts = np.array([9, 1, 13])
-    cache = empty_cache(decoder.config, 3, 32, jnp.float32)
-    hidden, cache = extend(decoder, jnp.asarray(tokens[:, :13]), jnp.asarray(counts), cache)
+    hidden, cache = read(decoder, jnp.asarray(tokens[:, :13]), jnp.asarray(counts), ())
     logits = np.asarray(decoder.logits(hidden))
     prefilled = logits
     for row, count in enumerate(counts):
         note("prefill and decode", error(logits[row, :count], want[row, :count], scale))
-    position = counts.copy()
-    for _ in range(8):
-        chunk = np.stack([tokens[row, p : p + 1] for row, p in enumerate(position)])
-        hidden, cache = extend(decoder, jnp.asarray(chunk), jnp.ones(3, jnp.int32), cache)
-        logits = np.asarray(decoder.logits(hidden))[:, 0]
-        note("prefill and decode", error(logits, np.stack([want[row, p] for row, p in enumerate(position)]), scale))
-        position += 1
-    np.testing.assert_array_equal(cache.length, position)
+    own, rows = empty_cache(decoder.config, 3, 8, jnp.float32), np.arange(3)
+    for i in range(8):
+        hidden, own = extend(decoder, jnp.asarray(tokens[rows, counts + i]), own, jnp.int32(i), (view(cache),))
+        note("prefill and decode", error(decoder.logits(hidden), want[rows, counts + i], scale))
+
+    shared(theirs, decoder, tokens, read, extend, lambda worst: note("shared prefixes", worst))
 
     # A row alone, with no neighbour and no padding, against the same row among others of other lengths.
     alone = forward(decoder, jnp.asarray(tokens[2:, :13]))
     note("batch 1 and N", max(error(alone[0], want[2, :13], scale), error(alone[0], prefilled[2], scale)))
+
+
+def shared(theirs, decoder, tokens, read, extend, note):
+    """One prompt, two different texts kept after it, two rows after each: every level is held once. The rows have decoded
+    different numbers of tokens. Against a whole pass over each row's tokens."""
+    prompt, kept, lengths = tokens[:1, :7], tokens[1:, :6], np.array([6, 2])
+    _, cache = read(decoder, jnp.asarray(prompt), jnp.array([7]), ())
+    before = view(cache).repeat(2)
+    hidden, cache = read(decoder, jnp.asarray(kept), jnp.asarray(lengths), (before,))
+    views = tuple(level.repeat(2) for level in (before, view(cache, before)))
+    own, begins = empty_cache(decoder.config, 4, 5, jnp.float32), np.array([0, 3, 1, 0])
+    new = np.random.default_rng(1).integers(0, VOCAB, (4, 5))
+    for i in range(5):
+        at = np.maximum(i - begins, 0)  # a row that has not begun writes its first slot, again and again
+        hidden, own = extend(decoder, jnp.asarray(new[np.arange(4), at]), own, jnp.asarray(at, jnp.int32), views)
+        for row in range(4):
+            text = [*prompt[0], *kept[row // 2, : lengths[row // 2]], *new[row, : at[row] + 1]]
+            want = hf_logits(theirs, [text])[0]
+            note(error(decoder.logits(hidden)[row], want[-1], np.abs(want).max()))
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
@@ -107,8 +124,8 @@ def test_many_queries_go_in_blocks(tmp_path, family, monkeypatch):
             def loss(decoder):
                 return jnp.sum(jnp.sin(decoder.logits(decoder(tokens, segments, positions, remat=remat))))
 
-            cache = empty_cache(decoder.config, 2, 24, jnp.float32)
-            return nnx.value_and_grad(loss)(decoder), decoder.extend(tokens, jnp.array([21, 5]), cache)[0]
+            before = view(decoder.read(tokens[:1, :5], jnp.array([5]))[1]).repeat(2)
+            return nnx.value_and_grad(loss)(decoder), decoder.read(tokens, jnp.array([21, 5]), (before,))[0]
 
         return jax.tree.leaves(compute(decoder))
 
@@ -117,17 +134,6 @@ def test_many_queries_go_in_blocks(tmp_path, family, monkeypatch):
     for ours in (again, results(False), results(True)):
         for a, b in zip(ours, whole, strict=True):
             assert error(a, b, np.abs(b).max()) < 1e-4
-
-
-def test_repeated_rows_continue_alike(tmp_path):
-    hf_folder(tmp_path)
-    model = load(tmp_path)
-    decoder = merged(model)
-    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 61, (2, 7)))
-    _, cache = decoder.extend(tokens, jnp.array([7, 4]), empty_cache(model.config, 2, 16, jnp.float32))
-    once, _ = decoder.extend(tokens[:, :1], jnp.ones(2, jnp.int32), cache)
-    many, _ = decoder.extend(jnp.repeat(tokens[:, :1], 3, 0), jnp.ones(6, jnp.int32), repeat_rows(cache, 3))
-    np.testing.assert_allclose(many, jnp.repeat(once, 3, axis=0), atol=1e-6)
 
 
 def test_segments_keep_packed_rows_apart(tmp_path):

@@ -18,8 +18,9 @@ from conftest import TINY, start
 from heal_jax.cli import run as heal
 from heal_jax.config import Config, ModelSpec, dump
 from heal_jax.model.lm import open_model, resolve
-from heal_jax.rollout.generate import Group, Shape, generate
+from heal_jax.rollout.generate import Group, generate
 from heal_jax.rollout.sampling import Greedy
+from heal_jax.shapes import at_once
 from heal_jax.store import RunDirectory
 from heal_jax.train.data import read_stage
 
@@ -344,7 +345,7 @@ def test_export_gives_the_same_logits_and_greedy_text(tiny):
             logits = theirs(torch.tensor([prompt])).logits.numpy()
             generated = theirs.generate(torch.tensor([prompt]), max_new_tokens=128, do_sample=False)[0, len(prompt) :]
         np.testing.assert_allclose(decoder.logits(decoder(jnp.asarray([prompt]))), logits, atol=1e-3, rtol=1e-4)
-        ours = generate(lm, [Group(tuple(prompt), (), ("g",), 128)], Shape(1, 1, 64, 0, 128), (Greedy(),))[0][0]
+        ours = generate(lm, [Group(tuple(prompt), ("g",), 128)], at_once(1, 1, 64, 128), (Greedy(),))[0][0]
         assert lm.tokenizer.text(list(ours.tokens)) == tokenizer.decode(generated, skip_special_tokens=True)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (folder / name).read_bytes() == (open_model(ModelSpec("builtin:student")).folder / name).read_bytes()
