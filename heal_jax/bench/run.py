@@ -1,0 +1,69 @@
+"""`heal bench`."""
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from heal_jax.bench import decode, machine, train
+from heal_jax.bench.context import Bench
+from heal_jax.bench.figure import Figure, show
+from heal_jax.config import ModelSpec
+from heal_jax.model.lm import open_model
+from heal_jax.progress import Progress
+from heal_jax.store import write_json
+
+PARTS = {"decode": decode.figures, "train": train.figures}
+REPEATS = 5
+
+
+def run(
+    part: str, model: str, console: Console, *, file: Path | None, quick: bool, tunix_python: str | None
+) -> list[Figure]:
+    """Measure one part, or all; the table, and JSON in `file`."""
+    start = time.monotonic()
+    with Progress() as progress:
+        lm = open_model(ModelSpec(model))
+        bench = Bench(lm, quick, 2 if quick else REPEATS, tunix_python, progress.say)
+        found = machine.describe()
+        found["bytes_per_second"] = machine.bandwidth(1 << 24 if quick else machine.READ_BYTES)
+        figures: list[Figure] = []
+        try:
+            for name in PARTS if part == "all" else (part,):
+                figures += PARTS[name](bench)
+        finally:
+            bench.close()
+    found["load_after"] = os.getloadavg()[0]
+    found["versions"] |= bench.versions
+    result = {
+        "machine": found,
+        "model": model,
+        "quick": quick,
+        "repeats": bench.repeats,
+        "seconds": time.monotonic() - start,
+        "figures": [figure.to_json() for figure in figures],
+        "notes": bench.notes,
+    }
+    if file is not None:
+        write_json(file, result)
+    _print(result, figures, console)
+    return figures
+
+
+def _print(result: dict[str, Any], figures: list[Figure], console: Console) -> None:
+    found, moved = result["machine"], result["machine"]["bytes_per_second"]
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    for line in (
+        f"{result['model']}, float32, {result['repeats']} repeats in turns, {result['seconds']:.0f} s",
+        f"{found['processor']}, {found['threads']} threads, {found['memory_gb']} GB, device {found['device']}, "
+        f"load {found['load_before']:.1f} to {found['load_after']:.1f}",
+        versions,
+        f"memory: reads {moved['read'] / 1e9:.0f} GB/s, copies {moved['copy'] / 1e9:.0f} GB/s",
+    ):
+        console.print(line, markup=False)
+    console.print()
+    show(figures, console)
+    for note in result["notes"]:
+        console.print(f"note: {note}", markup=False)

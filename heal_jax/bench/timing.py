@@ -1,0 +1,41 @@
+"""Repeats that take turns, so that what else the machine does falls on every side alike."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+Side = Callable[[], float]
+"""Does the work once; the seconds it took."""
+
+
+def timed(work: Callable[[], Any]) -> Side:
+    """A side of a function whose result is of JAX arrays: its seconds until they are computed."""
+
+    def side() -> float:
+        start = time.perf_counter()
+        jax.block_until_ready(work())
+        return time.perf_counter() - start
+
+    return side
+
+
+def take_turns(sides: Mapping[str, Side], repeats: int) -> dict[str, tuple[float, ...]]:
+    """Seconds of `repeats` repeats of every side, in the order A B C A B C; each was done once before, untimed.
+
+    A first time holds compilation, and allocations that later ones find made.
+    """
+    for side in sides.values():
+        side()
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(repeats):
+        for name, side in sides.items():
+            seconds[name].append(side())
+    return {name: tuple(found) for name, found in seconds.items()}
+
+
+def median(values: tuple[float, ...]) -> float:
+    """The median, NaN of nothing."""
+    return statistics.median(values) if values else float("nan")
