@@ -179,11 +179,15 @@ class Compiled:
     def _fusion_bytes(self, fusion: Instruction, inner: Computation, outer: Computation, starts: bool) -> float:
         """HBM traffic of a fusion; `starts`: whether its collectives are counted here, not at another fusion."""
         total = 0.0
+        root = inner.instructions[inner.root]
+        if '"AsyncCollectiveDone"' in root.attributes:
+            return 0.0
+        if '"AsyncCollectiveStart"' in root.attributes:  # hands on what it reads, and gives what will be written
+            return sum(a.size for a in fusion.arrays[:2] if a.in_hbm)
         for name, parameter in zip(fusion.operands, inner.parameters):
             arrays = outer.instructions[name].arrays
             if _in_hbm(arrays):
                 total += _read(inner, parameter, sum(a.size for a in arrays), starts)
-        root = inner.instructions[inner.root]
         roots = [inner.instructions[name] for name in root.operands] if root.opcode == "tuple" else [root]
         for array, result in zip(fusion.arrays, roots):
             if array.in_hbm:

@@ -188,7 +188,7 @@ class Score(Program):
 
     def analytic(self) -> tuple[float, float, float]:
         b, config = self.batch, self.model.config
-        contexts = b.contexts * flops.blocks(config, b.context_length, b.context_length)
+        contexts = b.contexts * flops.keys_and_values(config, b.context_length)
         row = flops.blocks(config, b.length, b.context_length + b.length) + b.length * flops.head(config)
         return contexts + b.rows * row, 0.0, 0.0
 
