@@ -49,7 +49,6 @@ def batch_sizes(config: Config) -> list[Size]:
         rows = groups(config, n) * members(n)
         what = f"sample.batch {rows}" if rows == config.sample.batch else f"the {rows} rows of sample.batch at {name}"
         sizes.append(Size(what, "batch", rows))
-        sizes.append(Size(f"the {groups(config, n)} groups of a batch at {name}", "context", groups(config, n)))
     return list(dict.fromkeys(sizes))
 
 

@@ -15,9 +15,22 @@ from heal_jax.divide import Size, batch_sizes, divides, model_sizes, require, un
 from heal_jax.errors import InputError
 from heal_jax.model.config import decoder_config
 from heal_jax.model.decoder import initialise
-from heal_jax.model.mesh import AXES, MAY_STAY_WHOLE, RULES, make_mesh, mesh_shape, put_batch, shapes, using
+from heal_jax.model.mesh import (
+    AXES,
+    MAY_STAY_WHOLE,
+    RULES,
+    batch_parts,
+    make_mesh,
+    mesh_shape,
+    put_batch,
+    shapes,
+    using,
+)
 from heal_jax.model.weights import shardings
-from heal_jax.rollout.decode import roll_out, score
+from heal_jax.rollout.decode import roll_out
+from heal_jax.rollout.generate import Group, batch_arrays, dealt
+from heal_jax.rollout.score import score
+from heal_jax.shapes import Shape
 from heal_jax.train.loop import _initial_state, abstract_state, optimizer
 from heal_jax.train.step import train_step
 from heal_jax.world import model_folder
@@ -39,7 +52,7 @@ def test_what_does_not_divide_is_named_with_what_does(pairs, numbers):
         left = size.size
         for axis in RULES[size.axis]:
             left = left / shape[axis]
-        if left != int(left) and size.axis not in ("vocab", "context"):
+        if left != int(left) and size.axis not in MAY_STAY_WHOLE:
             faults.append(size)
     assert divides(shape, sizes) == (not faults)
     if not faults:
@@ -109,16 +122,29 @@ def test_batches_are_counted_as_they_are_made():
         InputError, match="data=4 does not divide the 90 rows of sample.batch at sample.n; nearest: data=5"
     ):
         require(full(data=4), batch_sizes(config))
-    # Contexts may be fewer than the devices (3 problems at sample.n = 30); the run says so.
-    require(full(data=5, fsdp=2), batch_sizes(config))
-    assert [s.size for s in undivided(full(data=5, fsdp=2), batch_sizes(config))] == [3, 5, 25]
+    assert not undivided(full(data=5, fsdp=2), batch_sizes(config))
+
+
+@pytest.mark.parametrize("split", [1, 2, 4, 8])
+@given(st.integers(1, 40), st.integers(1, 12), st.integers(1, 6), st.booleans())
+def test_contexts_are_dealt_to_all_parts_in_turn(split, contexts, repeats, groups, at_once):
+    shape = Shape(contexts, repeats, 32, 32, contexts, repeats)
+    if not at_once:
+        shape = dataclasses.replace(shape, groups=split * groups, members=max(1, repeats // 2))
+    over, place = dealt(shape, split)
+    assert over.contexts >= contexts and sorted(place) == list(range(over.contexts))
+    assert over.rows % split == 0 and (at_once or over.rows == shape.rows)
+    if over.groups % split == 0 and over.contexts % split == 0:
+        of_part = np.bincount(place[:contexts] // (over.contexts // split), minlength=split)
+        assert of_part.max() - of_part.min() <= 1
+    assert shape.at_once or over.groups % split == 0
 
 
 @pytest.fixture(scope="module", params=SHAPES, ids=lambda shape: "-".join(f"{k}{v}" for k, v in shape.items()))
 def placed(request):
-    """A random decoder with one layer, of the built-in teacher's widths, on a mesh."""
+    """A random decoder with one layer, of the built-in teacher's widths and a vocabulary that 16 divides, on a mesh."""
     mesh = make_mesh(request.param)
-    config = dataclasses.replace(decoder_config(model_folder("teacher")), num_layers=1)
+    config = dataclasses.replace(decoder_config(model_folder("teacher")), num_layers=1, vocab_size=304)
     model = initialise(config, 0)
     return dataclasses.replace(model, params=jax.device_put(model.params, shardings(model, mesh))), mesh
 
@@ -159,47 +185,105 @@ def test_no_weight_or_moment_is_whole(placed):
         assert cut(array) == expected_cut(array, mesh), array.sharding
 
 
-def loops(compiled) -> list[list[tuple[str, tuple[int, ...]]]]:
-    """Of each loop of a compiled program: dtype and shape, on one device, of what it carries."""
-    carried = []
-    for line in compiled.as_text().splitlines():
-        found = re.search(r"= \((.*)\) while\(", line)
+SHAPES_OF_BATCHES = {
+    "at once": Shape(8, 3, 32, 32, 8, 3),
+    "at once, few contexts": Shape(2, 12, 32, 32, 2, 12),  # that no mesh here divides
+    "in turn": Shape(13, 6, 32, 32, 8, 3),
+    "in turn, groups that do not divide": Shape(13, 8, 32, 32, 6, 4),
+}
+of_batches = pytest.mark.parametrize("shape", SHAPES_OF_BATCHES.values(), ids=SHAPES_OF_BATCHES)
+
+
+def rolled_out(model, mesh, shape, groups):
+    """Arguments of `roll_out`."""
+    over = dealt(shape, batch_parts(mesh))[0]
+    arrays = put_batch(mesh, batch_arrays(groups, shape, batch_parts(mesh)), "context")
+    static = {"rules": (), "max_new": shape.slots, "groups": over.groups, "members": over.members}
+    return (model.graph, model.params, *arrays, np.array([2])), static, over
+
+
+def instructions(text, opcode):
+    """Name scope, and dtype and shape on one device of each result, of every instruction of a kind."""
+    for line in text.splitlines():
+        found = re.search(rf" = (.*?) {opcode}\(", line)
         if found:
-            arrays = re.findall(r"(\w+)\[([\d,]*)\]", found[1])
-            carried.append([(kind, tuple(int(n) for n in dims.split(",") if n)) for kind, dims in arrays])
-    return carried
+            arrays = [(kind, tuple(map(int, filter(None, dims.split(","))))) for kind, dims in
+                      re.findall(r"(\w+)\[([\d,]*)\]", found[1])]  # fmt: skip
+            name = re.search(r'op_name="([^"]*)"', line)
+            yield name[1] if name else "", arrays
 
 
-@pytest.mark.parametrize("contexts, repeats", [(8, 3), (2, 12)])
-def test_the_cache_is_split_over_rows_and_heads(placed, contexts, repeats):
+@of_batches
+def test_caches_are_split_and_stay_where_they_are(placed, shape):
     model, mesh = placed
-    c, width, max_new, rows = model.config, 32, 32, contexts * repeats
-    context = put_batch(mesh, (np.full((contexts, width), 5, np.int32), np.full(contexts, 9, np.int32)), "context")
-    hint = put_batch(mesh, (np.zeros((contexts, 0), np.int32), np.zeros(contexts, np.int32)), "context")
-    drawn = put_batch(mesh, (np.zeros((rows, 2), np.uint32), np.full(rows, 32, np.int32)))
-    static = {"rules": (), "repeats": repeats, "max_new": max_new}
+    c, split = model.config, parts(mesh, RULES["batch"])
+    arguments, static, over = rolled_out(model, mesh, shape, [Group((5,), ("x",), 1)])
     with using(mesh):
-        lowered = roll_out.lower(model.graph, model.params, *context, *hint, *drawn, np.array([2]), **static)
-    (carried,) = [loop for loop in loops(lowered.compile()) if any(len(shape) == 4 for _, shape in loop)]
-    b, k, slots = rows // parts(mesh, RULES["batch"]), c.num_kv_heads // mesh.shape["tensor"], width + max_new
-    wide = [shape for kind, shape in carried if len(shape) == 4]
-    assert sorted(wide) == sorted([(b, k, c.head_dim, slots), (b, k, slots, c.head_dim)] * c.num_layers)
-    assert ("f32", (b, c.vocab_size // mesh.shape["tensor"])) in carried  # the logits
-    assert ("s32", (b, max_new)) in carried and ("f32", (b, max_new)) in carried
-    assert not any(rows in shape for _, shape in carried)
+        text = roll_out.lower(*arguments, **static).compile().as_text()
+    (carried,) = [arrays for name, arrays in instructions(text, "while") if name.endswith("/decode_steps/while")]
+    rows, k = over.rows // split, c.num_kv_heads // mesh.shape["tensor"]
+    whole = shape.contexts == 2  # contexts that the mesh does not divide
+    groups = over.groups if whole else over.groups // split
+    slots = 32 if shape.at_once else 64
+    caches = [(rows, k, c.head_dim, 32), (rows, k, 32, c.head_dim)]
+    caches += [(groups, k, c.head_dim, slots), (groups, k, slots, c.head_dim)]
+    assert sorted(dims for _, dims in carried if len(dims) == 4) == sorted(caches)
+    # Hidden states, what is recorded, and nothing of all rows.
+    hidden = (over.rows // parts(mesh, RULES["row"]), c.hidden_size // mesh.shape["fsdp"])
+    records = (rows, 32) if shape.at_once else (1, over.contexts // split * over.repeats, 32)
+    assert math.prod(hidden) in {math.prod(dims) for _, dims in carried} and ("s32", records) in carried
+    assert not any({over.rows, over.contexts * over.repeats} & set(dims) for _, dims in carried)
+    # Each step nothing moves between devices that is as large as a cache, a weight, or the logits.
+    least = c.hidden_size * c.num_kv_heads * c.head_dim // parts(mesh, ("fsdp", "tensor"))
+    for opcode in ("all-gather", "all-to-all", "collective-permute"):
+        for name, arrays in instructions(text, opcode):
+            if "/decode_steps/" in name:
+                assert all(math.prod(dims) <= max(over.rows * c.hidden_size, least) for _, dims in arrays), (
+                    name,
+                    arrays,
+                )
+                assert not any(dims[-1] == c.vocab_size for _, dims in arrays if dims), (name, arrays)
+            assert not any(len(dims) > 3 and slots in dims for _, dims in arrays), (name, arrays)
+
+
+def test_a_mesh_changes_no_token(placed):
+    """Contexts and groups that it does not divide, rows that wait."""
+    model, mesh = placed
+    shape = SHAPES_OF_BATCHES["in turn, groups that do not divide"]
+    draw = np.random.default_rng(0)
+    groups = [
+        Group(tuple(map(int, draw.integers(3, 300, 1 + i))), tuple(f"{i}/{j}" for j in range(8)), 4 + 2 * i)
+        for i in range(13)
+    ]
+
+    def tokens(model, mesh):
+        arguments, static, _ = rolled_out(model, mesh, shape, groups)
+        with using(mesh):
+            out = jax.device_get(roll_out(*arguments, **static))
+        place = dealt(shape, batch_parts(mesh))[1]
+        rows = [i * 8 + j for i, _ in zip(place, groups) for j in range(8)]
+        assert out.length[rows].min() > 0
+        return [out.tokens[row, : out.length[row]].tolist() for row in rows]
+
+    alone = dataclasses.replace(model, params=jax.device_put(model.params, jax.devices()[0]))
+    assert tokens(model, mesh) == tokens(alone, None)
 
 
 def test_scoring_never_holds_all_rows_of_logits(placed):
     model, mesh = placed
-    rows, length = 16, 65
-    tokens = put_batch(mesh, np.full((rows, length), 5, np.int32))
+    split = parts(mesh, RULES["batch"])
+    contexts, rows, width, length = 8, 16, 32, 64
+    context = put_batch(mesh, (np.full((contexts, width), 5, np.int32), np.full(contexts, 9, np.int32)), "context")
+    texts = put_batch(mesh, (np.zeros(rows, np.int32), np.full((rows, length), 5, np.int32)))
     with using(mesh):
-        text = score.lower(model.graph, model.params, tokens).compile().as_text()
-    local = rows // parts(mesh, RULES["batch"])
-    vocab = model.config.vocab_size // mesh.shape["tensor"]
+        text = score.lower(model.graph, model.params, *context, *texts).compile().as_text()
+    local, vocab = rows // split, model.config.vocab_size // mesh.shape["tensor"]
     sizes = {tuple(map(int, dims.split(","))) for dims in re.findall(r"f32\[([\d,]+)\]", text)}
     logits = {s for s in sizes if s[-1] in (vocab, model.config.vocab_size) and len(s) == 3}
     assert logits and all((rows, width) == (local, vocab) for rows, _, width in logits)
+    # Neither caches nor the hidden states of all rows or contexts.
+    for _, arrays in instructions(text, "all-gather"):
+        assert not any(len(dims) > 3 or (len(dims) == 3 and dims[0] in (rows, contexts)) for _, dims in arrays), arrays
 
 
 def test_a_vocabulary_that_does_not_divide_stays_whole_and_is_said():

@@ -285,7 +285,8 @@ class Decoder(nnx.Module):
 
     def _embed(self, tokens: Array) -> Array:
         """tokens [B, T] int32 -> [B, T, D]."""
-        x = self.embed[...][tokens]
+        # As the table lies: the compiler else puts the rows of all devices on each before it splits them.
+        x = constrain(self.embed[...][tokens], "row", None, "hidden")
         return x * jnp.asarray(self.config.hidden_size**0.5, x.dtype) if self.config.gemma else x
 
     def __call__(
@@ -340,6 +341,8 @@ class Decoder(nnx.Module):
         with self._precision():
             for i, block in enumerate(self.blocks):
                 x, (k, v) = block(x, positions, slots, None, (cache.keys[i], cache.values[i]), _layer(views, i))
+                # With rows split over fsdp instead, each step would gather the weights.
+                x = constrain(x, "row", None, "hidden")
                 keys.append(k)
                 values.append(v)
         return self.norm(x)[:, 0], Cache(tuple(keys), tuple(values), cache.length)

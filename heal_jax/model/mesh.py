@@ -26,6 +26,7 @@ _BATCH = ("data", "fsdp", "expert")
 RULES: dict[str, tuple[str, ...]] = {
     "batch": _BATCH,
     "context": _BATCH,
+    "row": ("data", "expert"),  # of one token: its hidden state is split over fsdp as weights are, which then stay put
     "hidden": ("fsdp",),
     "vocab": ("tensor",),
     "heads": ("tensor",),
@@ -35,7 +36,7 @@ RULES: dict[str, tuple[str, ...]] = {
 }
 # Logical axes that stay whole where their mesh axes do not divide them; `open_run` says so. Vocabularies of odd sizes
 # are common (tokens were added) and only embedding and logits have one; contexts are few, their rollouts are many.
-MAY_STAY_WHOLE = ("vocab", "context")
+MAY_STAY_WHOLE = ("vocab", "context", "row")
 
 
 def mesh_shape(wanted: Mapping[str, int], devices: int) -> dict[str, int]:

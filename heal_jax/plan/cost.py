@@ -19,9 +19,10 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from heal_jax.plan.hlo import Array, Computation, Instruction, parse, trip_count
+from heal_jax.rollout.decode import READS, STEPS, TURNS
 
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 _NO_TRAFFIC = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id"}
@@ -60,20 +61,22 @@ class Cost:
 
 
 class Compiled:
-    """A compiled program's text, parsed. `slots`: of the cache that its decode loop carries; 0 where it has none.
+    """A compiled program's text, parsed. `slots`: of the caches that its decode loop carries.
 
-    A loop whose trip count the data decide is the decode loop if it carries the cache; the body of any other is counted
-    once, and that is told in `Cost.uncounted`.
+    Loops whose trip counts the data decide are told by the names they were traced with. The body of one without such a
+    name is counted once, and that is told in `Cost.uncounted`.
     """
 
-    def __init__(self, text: str, slots: int = 0):
+    def __init__(self, text: str, slots: Collection[int] = ()):
         self.computations, self.entry = parse(text)
         self.slots = slots
         partitions = re.search(r"\bnum_partitions=(\d+)", text[: text.find("\n")])
         self.chips = int(partitions[1]) if partitions else 1
 
-    def cost(self, trips: float) -> Cost:
-        """One execution, with `trips` decode steps."""
+    def cost(self, steps: float = 0, reads: float = 0) -> Cost:
+        """One execution, with so many decode steps and reads of contexts in all."""
+        # What is outside these two loops but inside the loop over turns is next to nothing.
+        trips = {STEPS: steps, READS: reads, TURNS: 1}
         memo: dict[str, Cost] = {}
 
         def whole(name: str) -> Cost:
@@ -88,11 +91,12 @@ class Compiled:
         def of(instruction: Instruction, computation: Computation) -> Cost:
             opcode = instruction.opcode
             if opcode == "while":
-                count = trip_count(instruction, computation, self.computations)
+                known = trip_count(instruction, computation, self.computations)
+                count = trips.get(_loop_name(instruction)) if known is None else known
                 inside = whole(instruction.called("body")[0]).plus(whole(instruction.called("condition")[0]))
-                if count is None and not self._caches(instruction):
+                if count is None:
                     return inside.plus(Cost(uncounted=Counter({"while (data decide how often)": 1})))
-                return Cost().plus(inside, trips if count is None else count)
+                return Cost().plus(inside, count)
             if opcode == "conditional":
                 branches = instruction.called("branch_computations", "true_computation", "false_computation")
                 return max((whole(name) for name in branches), key=lambda cost: (cost.flops, cost.bytes))
@@ -175,36 +179,42 @@ class Compiled:
     def _fusion_bytes(self, fusion: Instruction, inner: Computation, outer: Computation, starts: bool) -> float:
         """HBM traffic of a fusion; `starts`: whether its collectives are counted here, not at another fusion."""
         total = 0.0
+        root = inner.instructions[inner.root]
+        if '"AsyncCollectiveDone"' in root.attributes:
+            return 0.0
+        if '"AsyncCollectiveStart"' in root.attributes:  # hands on what it reads, and gives what will be written
+            return sum(a.size for a in fusion.arrays[:2] if a.in_hbm)
         for name, parameter in zip(fusion.operands, inner.parameters):
             arrays = outer.instructions[name].arrays
             if _in_hbm(arrays):
                 total += _read(inner, parameter, sum(a.size for a in arrays), starts)
-        root = inner.instructions[inner.root]
         roots = [inner.instructions[name] for name in root.operands] if root.opcode == "tuple" else [root]
         for array, result in zip(fusion.arrays, roots):
             if array.in_hbm:
                 total += _written(inner, result, array.size, starts)
         return total
 
-    def _caches(self, loop: Instruction) -> list[Array]:
-        """The caches ([B, K, E, S] and [B, K, S, E]) among what a loop carries."""
-        return [a for a in loop.arrays if self.slots and len(a.dims) == 4 and self.slots in a.dims[2:]]
-
-    def _decode_loops(self) -> Iterator[list[Array]]:
-        for computation in self.computations.values():
-            for loop in (i for i in computation.instructions.values() if i.opcode == "while"):
-                caches = self._caches(loop)
-                if caches and trip_count(loop, computation, self.computations) is None:
-                    yield caches
-
     @property
-    def has_decode_loop(self) -> bool:
-        return any(True for _ in self._decode_loops())
+    def loops(self) -> set[str]:
+        """Names of the loops that data end."""
+        return {_loop_name(loop) for loop in self._whiles()} & {STEPS, READS, TURNS}
+
+    def _whiles(self) -> Iterator[Instruction]:
+        for computation in self.computations.values():
+            yield from (i for i in computation.instructions.values() if i.opcode == "while")
 
     @property
     def cache(self) -> float:
-        """Bytes of the decode loop's cache in a chip's HBM (a small one lies in on-chip memory)."""
-        return max((sum(a.size for a in caches if a.in_hbm) for caches in self._decode_loops()), default=0.0)
+        """Bytes of the decode loop's caches in a chip's HBM (small ones lie in on-chip memory): what it carries of
+        [B, K, E, S] and [B, K, S, E], the rows' own and those they share."""
+        carried = (a for loop in self._whiles() if _loop_name(loop) == STEPS for a in loop.arrays)
+        return sum(a.size for a in carried if a.in_hbm and len(a.dims) == 4 and set(self.slots) & set(a.dims[2:]))
+
+
+def _loop_name(loop: Instruction) -> str:
+    """The name scope that a loop was traced in, "" where there is none."""
+    found = re.search(r'op_name="(?:[^"]*/)?([^"/]+)/while"', loop.attributes)
+    return found[1] if found else ""
 
 
 def _in_hbm(arrays: tuple[Array, ...]) -> bool:

@@ -5,6 +5,7 @@ over link bandwidth, as if each overlapped the others perfectly. A real run is s
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -16,6 +17,7 @@ from heal_jax.plan import backend
 from heal_jax.plan.cost import Compiled, Cost
 from heal_jax.plan.programs import Program
 from heal_jax.plan.topology import Chip, Topology
+from heal_jax.rollout.decode import READS, STEPS, TURNS
 
 TOLERANCE = 0.1  # between FLOPs counted in the compiled program and by formula, before it is said
 
@@ -57,8 +59,9 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """One program on one slice. `once` is the work of a call outside the decode loop, `step` that of one decode step;
-    None, as `memory`, where the compiler refused the program as too large: then it needs `needs` bytes a chip."""
+    """One program on one slice. `once` is the work of a call outside the loops, `step` that of one decode step, `read`
+    that of reading one context in each part of the mesh, where a loop does; None, as `memory`, where the compiler
+    refused the program as too large: then it needs `needs` bytes a chip."""
 
     program: Program
     usable: float
@@ -66,6 +69,7 @@ class Estimate:
     needs: float
     once: Cost | None
     step: Cost | None
+    read: Cost | None
     chip: Chip
     chips: int
     layers: tuple[int, ...]  # that were compiled: the model's, or fewer, from which the figures are extrapolated
@@ -81,9 +85,24 @@ class Estimate:
     @property
     def seconds(self) -> float:
         """Of one call; NaN where the program does not fit."""
-        if self.once is None or self.step is None or not self.fits:
+        if not self.parts or not self.fits:
             return math.nan
-        return self.roof(self.once).seconds + self.program.steps * self.roof(self.step).seconds
+        return sum(times * self.roof(cost).seconds for cost, times in self.parts)
+
+    @property
+    def parts(self) -> list[tuple[Cost, int]]:
+        """Work of a call, and how often it is done: once, each decode step, each read. Empty if it was refused."""
+        if self.once is None or self.step is None or self.read is None:
+            return []
+        return [(self.once, 1), (self.step, self.program.steps), (self.read, self.program.reads)]
+
+    @property
+    def step_excess(self) -> float | None:
+        """Bytes that a decode step moves over those it cannot do without: the weights and the caches, read once. None
+        where there is no step; caches that stay on the chip can make it less than 1."""
+        if self.memory is None or self.step is None or not self.program.steps:
+            return None
+        return self.step.bytes / (self.memory.weights + self.memory.cache)
 
     @property
     def chip_hours(self) -> float:
@@ -93,15 +112,12 @@ class Estimate:
     @property
     def warnings(self) -> list[str]:
         """What makes the figures doubtful."""
-        if self.once is None or self.step is None:
+        if not self.parts:
             return []
-        said = [
-            f"{n:.0f} calls of {target} have FLOPs by formula"
-            for target, n in self.once.plus(self.step).uncounted.items()
-        ]
-        total = self.once.plus(self.step, self.program.steps).flops * self.chips
-        once, step = self.program.analytic()
-        formula = once + self.program.steps * step
+        every = functools.reduce(Cost.plus, (cost for cost, _ in self.parts))
+        said = [f"{n:.0f} calls of {target} have FLOPs by formula" for target, n in every.uncounted.items()]
+        total = sum(times * cost.flops for cost, times in self.parts) * self.chips
+        formula = sum(times * flops for flops, (_, times) in zip(self.program.analytic(), self.parts))
         if abs(total / formula - 1) > TOLERANCE:
             said.append(f"{total:.3g} FLOPs compiled over all chips, {formula:.3g} by formula ({total / formula:.2f}x)")
         return said
@@ -123,7 +139,7 @@ def estimate(program: Program, mesh: Mesh, topology: Topology) -> Estimate:
                 "asks for, pip install 'jax[tpu]'"
             ) from error
         needs = found[0] + program.memory(mesh)["resident"]
-        return Estimate(program, usable, None, needs, None, None, chip, topology.chips, _layers(program))
+        return Estimate(program, usable, None, needs, None, None, None, chip, topology.chips, _layers(program))
     try:
         return read(program, compiled, mesh, usable, topology)
     except (ValueError, KeyError) as error:
@@ -137,22 +153,26 @@ def read(program: Program, compiled: Any, mesh: Mesh, usable: float, topology: T
     """The figures of a compiled program."""
     parsed = Compiled(compiled.as_text(), program.slots)
     parts, cache, used = program.memory(mesh), parsed.cache, compiled.memory_analysis()
-    if program.steps and not parsed.has_decode_loop:
-        raise ValueError(f"no loop that carries a cache of {program.slots} slots")
+    wanted = {STEPS} if program.steps else set[str]()
+    wanted |= {READS, TURNS} if program.reads else set()
+    if parsed.loops != wanted or (program.steps and not cache):
+        raise ValueError(f"loops {', '.join(sorted(parsed.loops)) or '(none)'} with caches of {cache:.0f} bytes")
     # Not peak_memory_in_bytes, which counts on-chip memory in.
     held = used.argument_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes
     held += used.temp_size_in_bytes + used.generated_code_size_in_bytes
     memory = Memory(**parts, cache=cache, temporary=held - parts["weights"] - parts["optimizer"] - cache)
-    once = parsed.cost(0)
-    step = parsed.cost(1).plus(once, -1)
+    once = parsed.cost()
+    step, read = (parsed.cost(**{name: 1}).plus(once, -1) for name in ("steps", "reads"))
     # Where kernels hide their FLOPs, or a loop its count, the formula's are the least there can be.
-    once, step = (
+    once, step, read = (
         dataclasses.replace(cost, flops=max(cost.flops, by_formula / topology.chips))
         if any(cost.uncounted.values())
         else cost
-        for cost, by_formula in zip((once, step), program.analytic())
+        for cost, by_formula in zip((once, step, read), program.analytic())
     )
-    return Estimate(program, usable, memory, memory.total, once, step, topology.chip, topology.chips, _layers(program))
+    return Estimate(
+        program, usable, memory, memory.total, once, step, read, topology.chip, topology.chips, _layers(program)
+    )
 
 
 def _layers(program: Program) -> tuple[int, ...]:

@@ -37,6 +37,14 @@ def blocks(config: DecoderConfig, tokens: int, slots: int) -> float:
     return products + config.num_layers * attention(config, tokens, slots)
 
 
+def keys_and_values(config: DecoderConfig, tokens: int) -> float:
+    """FLOPs of the keys and values of a row of `tokens`: no more of the last layer than these need."""
+    last = config.num_layers - 1
+    products = sum(linear(config, layer) for layer in range(last))
+    products += 4.0 * config.hidden_size * config.num_kv_heads * config.head_dim
+    return tokens * products + last * attention(config, tokens, tokens)
+
+
 def training(config: DecoderConfig, tokens: int, remat: bool) -> float:
     """FLOPs of an update on a row: forward, twice that backward, and forward again where that is rematerialised.
 

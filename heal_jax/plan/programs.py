@@ -21,14 +21,16 @@ from heal_jax.errors import InputError
 from heal_jax.model.config import DecoderConfig, decoder_config
 from heal_jax.model.decoder import Model, abstract
 from heal_jax.model.lm import resolve
-from heal_jax.model.mesh import sharding, using, whole_rows
+from heal_jax.model.mesh import batch_parts, parts_of, sharding, using
 from heal_jax.model.weights import shardings
 from heal_jax.plan import flops
 from heal_jax.plan.workload import Workload
-from heal_jax.rollout.decode import roll_out, score
-from heal_jax.rollout.generate import Group, batch_arrays
+from heal_jax.rollout.decode import IN_VIEW, roll_out
+from heal_jax.rollout.generate import Group, batch_arrays, dealt, score_batch
 from heal_jax.rollout.sampling import Rule, rules
+from heal_jax.rollout.score import score
 from heal_jax.shapes import (
+    ScoreShape,
     Shape,
     bucket,
     evaluate_shape,
@@ -36,7 +38,7 @@ from heal_jax.shapes import (
     positions,
     repair_shape,
     sample_shape,
-    score_width,
+    score_shape,
 )
 from heal_jax.train.loop import abstract_state, optimizer
 from heal_jax.train.step import train_step
@@ -69,7 +71,8 @@ class Weights:
 @dataclasses.dataclass(frozen=True)
 class Program:
     """A compiled function of the run. stages: that call it; model: whose weights it works with; resident: models whose
-    weights are in memory besides; steps: decode steps a call (0: no decode loop); slots: of its cache.
+    weights are in memory besides; steps: decode steps a call (0: no decode loop); reads: of contexts that a call makes
+    in each part of the mesh, one at a time (0: no loop that reads).
     """
 
     stages: tuple[str, ...]
@@ -77,7 +80,12 @@ class Program:
     resident: tuple[Weights, ...]
     calls: int
     steps: int = 0
-    slots: int = 0
+    reads: int = 0
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        """Of the caches that its decode loop carries."""
+        return ()
 
     @property
     def name(self) -> str:
@@ -92,8 +100,8 @@ class Program:
         """As `heal run` would call it, for this mesh."""
         raise NotImplementedError
 
-    def analytic(self) -> tuple[float, float]:
-        """FLOPs of matrix products by formula, all chips together: once a call, and each decode step."""
+    def analytic(self) -> tuple[float, float, float]:
+        """FLOPs of matrix products by formula, all chips together: once a call, each decode step, each read."""
         raise NotImplementedError
 
     @property
@@ -109,19 +117,35 @@ class Program:
 
 @dataclasses.dataclass(frozen=True)
 class RollOut(Program):
+    """parts: of the mesh, over which a batch is split."""
+
     batch: Shape = dataclasses.field(kw_only=True)
     drawn: tuple[Rule, ...] = dataclasses.field(kw_only=True)
+    parts: int = dataclasses.field(kw_only=True)
+
+    @property
+    def over(self) -> Shape:
+        """The batch as the mesh takes it."""
+        return dealt(self.batch, self.parts)[0]
+
+    @property
+    def shared_slots(self) -> int:
+        """Of the contexts that a group of rows has in view."""
+        return self.batch.context_length * (1 if self.batch.at_once else IN_VIEW)
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        return self.batch.slots, self.shared_slots
 
     @property
     def shape(self) -> str:
-        b = self.batch
-        hint = f" + {b.hint_length}" if b.hint_length else ""
-        return f"{b.contexts} x {b.repeats} rows, {b.context_length}{hint} + {b.max_new} tokens"
+        b = self.over
+        rows = "" if b.at_once else f" by {b.groups} x {b.members} rows"
+        return f"{b.contexts} x {b.repeats} rollouts{rows}, {b.context_length} + {b.max_new} tokens"
 
     def lower(self, mesh: Mesh) -> Any:
-        model = self.model.on(mesh)
-        contexts, rows = batch_arrays([Group((0,), (0,), (), 1)], self.batch)
-        arrays = *_placed(mesh, contexts, "context"), *_placed(mesh, rows)
+        model, over = self.model.on(mesh), self.over
+        arrays = _placed(mesh, batch_arrays([Group((0,), (), 1)], self.batch, self.parts), "context")
         eos = _placed(mesh, jax.ShapeDtypeStruct((1,), jnp.int32), None)
         with using(mesh):
             return roll_out.lower(
@@ -130,38 +154,43 @@ class RollOut(Program):
                 *arrays,
                 eos,
                 rules=self.drawn,
-                repeats=self.batch.repeats,
                 max_new=bucket(self.batch.max_new),
-                slots=self.slots,
+                groups=over.groups,
+                members=over.members,
             )
 
-    def analytic(self) -> tuple[float, float]:
-        b, config = self.batch, self.model.config
-        once = b.contexts * flops.head(config)
-        for tokens in (b.context_length, b.hint_length):
-            once += b.contexts * flops.blocks(config, tokens, b.context_length + b.hint_length)
-        rows = b.contexts * b.repeats
-        return once, rows * (flops.blocks(config, 1, self.slots) + flops.head(config))
+    def analytic(self) -> tuple[float, float, float]:
+        b, config = self.over, self.model.config
+        context = flops.blocks(config, b.context_length, b.context_length)
+        step = b.rows * (flops.blocks(config, 1, sum(self.slots)) + flops.head(config))
+        return (b.contexts * context, step, 0.0) if b.at_once else (0.0, step, b.contexts / self.reads * context)
 
 
 @dataclasses.dataclass(frozen=True)
 class Score(Program):
-    rows: int = dataclasses.field(kw_only=True)
-    width: int = dataclasses.field(kw_only=True)
+    batch: ScoreShape = dataclasses.field(kw_only=True)
 
     @property
     def shape(self) -> str:
-        return f"{self.rows} rows, {self.width} tokens"
+        b = self.batch
+        return f"{b.rows} rows of {b.length} tokens after {b.contexts} contexts of {b.context_length}"
 
     def lower(self, mesh: Mesh) -> Any:
-        model = self.model.on(mesh)
-        tokens = _placed(mesh, jax.ShapeDtypeStruct((self.rows, self.width), jnp.int32))
-        with using(mesh):
-            return score.lower(model.graph, model.params, tokens)
+        model, b = self.model.on(mesh), self.batch
 
-    def analytic(self) -> tuple[float, float]:
-        config, tokens = self.model.config, self.width
-        return self.rows * (flops.blocks(config, tokens, tokens) + tokens * flops.head(config)), 0.0
+        def whole(*shape: int) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+        contexts = _placed(mesh, (whole(b.contexts, b.context_length), whole(b.contexts)), "context")
+        rows = _placed(mesh, (whole(b.rows), whole(b.rows, b.length)))
+        with using(mesh):
+            return score.lower(model.graph, model.params, *contexts, *rows)
+
+    def analytic(self) -> tuple[float, float, float]:
+        b, config = self.batch, self.model.config
+        contexts = b.contexts * flops.keys_and_values(config, b.context_length)
+        row = flops.blocks(config, b.length, b.context_length + b.length) + b.length * flops.head(config)
+        return contexts + b.rows * row, 0.0, 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,8 +216,8 @@ class Train(Program):
         with using(mesh):
             return train_step.lower(*arguments, dtype, pinned, self.spec.remat)
 
-    def analytic(self) -> tuple[float, float]:
-        return self.rows * flops.training(self.model.config, self.width, self.spec.remat), 0.0
+    def analytic(self) -> tuple[float, float, float]:
+        return self.rows * flops.training(self.model.config, self.width, self.spec.remat), 0.0, 0.0
 
     def memory(self, mesh: Mesh) -> dict[str, float]:
         state = self._state(mesh)
@@ -256,28 +285,35 @@ def _same(a: Program, b: Program) -> bool:
 
 def _all(config: Config, work: Workload, mesh: Mesh, teacher: Weights, student: Weights) -> Iterator[Program]:
     def rolled(stage: str, model: Weights, shape: Shape, units: float, *resident: Weights, calls: int = 1) -> RollOut:
-        batches = calls * math.ceil(units / shape.contexts)
+        batches, parts = calls * math.ceil(units / shape.contexts), batch_parts(mesh)
+        over = dealt(shape, parts)[0]
+        steps = work.decode_steps * math.ceil(over.contexts * over.repeats / over.rows)
+        reads = 0 if over.at_once else over.contexts // parts_of(parts, over.contexts, over.groups)
         spec = config.sample
         if stage.startswith("evaluate"):
             spec = dataclasses.replace(spec, temperature=config.evaluate.temperature)
-        return RollOut(
-            (stage,), model, resident, batches, work.decode_steps, shape.slots, batch=shape, drawn=rules(spec)
-        )
+        loops = batches, steps, reads
+        return RollOut((stage,), model, resident, *loops, batch=shape, drawn=rules(spec), parts=parts)
+
+    def scored(made: RollOut, context: int) -> Score:
+        """Every rollout of a stage, call by call: at most so many, since only the correct are scored."""
+        batch = score_batch(score_shape(config, context), batch_parts(mesh))
+        calls = made.calls * math.ceil(made.batch.contexts * made.batch.repeats / batch.rows)
+        return Score((f"score {made.name}",), teacher, (), calls, batch=batch)
 
     hard, paths = work.problems * work.hard, work.problems * work.unsolved * config.gear.paths
-    yield rolled("sample", teacher, sample_shape(config, work.prompt), work.problems)
-    hindsight = rolled("hindsight", teacher, hindsight_shape(config, work.shown), hard)
+    n, longest = work.problems, work.prompt + work.kept
+    yield rolled("sample", teacher, sample_shape(config, n, work.prompt), n)
+    hindsight = rolled("hindsight", teacher, hindsight_shape(config, n, work.shown), hard)
     yield hindsight
-    repair = rolled("repair", teacher, repair_shape(config, work.prompt, work.kept, work.hint), paths)
+    yield scored(hindsight, work.prompt)
+    repair = rolled("repair", teacher, repair_shape(config, n, longest + work.hint), paths)
     yield repair
-    # Every aided rollout, batch by batch of the stage that made it: at most so many, since only the correct are scored.
-    rows = whole_rows(mesh, config.pure.batch)
-    calls = sum(p.calls * math.ceil(p.batch.contexts * p.batch.repeats / rows) for p in (hindsight, repair))
-    yield Score(("score",), teacher, (), calls, rows=rows, width=score_width(config, work.prompt))
+    yield scored(repair, longest)
     width = bucket(config.train.max_tokens)
     updates = 2 * config.train.steps  # HEAL and the baseline
     yield Train(("train",), student, (student,), updates, rows=config.train.batch, width=width, spec=config.train)
     # Other models' weights that are in memory then: the student as it was, from before its training on.
     for model, calls in ((teacher, 1), (student, 3)):
-        shape = evaluate_shape(config, work.held_out_prompts[model.name])
+        shape = evaluate_shape(config, work.held_out, work.held_out_prompts[model.name])
         yield rolled(f"evaluate {model.name}", model, shape, work.held_out, student, calls=calls)

@@ -96,7 +96,7 @@ def search(
 def _cost(candidate: Candidate, measure: Measure) -> float:
     """Chip-hours, infinite where a program does not fit; those that need most come first."""
     total = 0.0
-    for program in sorted(candidate.programs, key=lambda p: -p.slots):
+    for program in sorted(candidate.programs, key=lambda p: -sum(p.slots)):
         found = measure(dataclasses.replace(program, calls=0), candidate.mesh)  # alike for every number of calls
         if not found.fits:
             return math.inf
@@ -140,21 +140,21 @@ def _candidate(config: Config, mesh: Mesh, topology: Topology, work: Workload) -
         gradients = held["weights"] * width if isinstance(program, Train) else 0.0
         needs = max(needs, sum(held.values()) + cache + gradients)
         peak = topology.chips * topology.chip.flops / program.passes
-        once, step = (flops / peak for flops in program.analytic())
-        read = max(0.0, held["weights"] + cache - ON_CHIP) / topology.chip.hbm_bandwidth
+        once, step, read = (flops / peak for flops in program.analytic())
+        moved = max(0.0, held["weights"] + cache - ON_CHIP) / topology.chip.hbm_bandwidth
         # Compiled programs leave some products out (of single rows, of unused logits), so formulas bound them loosely.
-        seconds = 0.8 * once + program.steps * 0.8 * max(step, read)
+        seconds = 0.8 * (once + program.steps * max(step, moved) + program.reads * read)
         bound += seconds * program.calls * topology.chips / 3600
     return Candidate(config, mesh, made, needs, bound)
 
 
 def _cache(program: Program, mesh: Mesh) -> float:
-    """Bytes a chip of a roll-out's cache, split as well as the mesh allows."""
+    """Bytes a chip of a roll-out's caches, split as well as the mesh allows."""
     if not isinstance(program, RollOut):
         return 0.0
-    c, b = program.model.config, program.batch
+    c, b = program.model.config, program.over
     width = 2 * c.num_layers * c.num_kv_heads * c.head_dim * jnp.dtype(program.model.dtype).itemsize
-    return width * b.contexts * b.repeats * b.slots / mesh.size
+    return width * (b.rows * b.slots + b.groups * program.shared_slots) / mesh.size
 
 
 def depths(config: DecoderConfig) -> tuple[int, int]:
@@ -179,9 +179,9 @@ def extrapolated(program: Program, mesh: Mesh, topology: Topology) -> Estimate:
     a, b = (
         estimate(dataclasses.replace(program, model=program.model.with_layers(n)), mesh, topology) for n in (few, more)
     )
-    if a.memory is None or b.memory is None or a.once is None or b.once is None or a.step is None or b.step is None:
+    if a.memory is None or b.memory is None:
         needs = max(a.needs, b.needs)  # at least: fewer layers do not fit
-        return Estimate(program, a.usable, None, needs, None, None, a.chip, a.chips, (few, more))
+        return Estimate(program, a.usable, None, needs, None, None, None, a.chip, a.chips, (few, more))
     times = (layers - few) / (more - few)
 
     def line(x: Any, y: Any) -> Any:
@@ -189,8 +189,8 @@ def extrapolated(program: Program, mesh: Mesh, topology: Topology) -> Estimate:
 
     memory = Memory(*map(line, dataclasses.astuple(a.memory), dataclasses.astuple(b.memory)))
     memory = dataclasses.replace(memory, **program.memory(mesh), temporary=max(memory.temporary, 0.0))
-    once, step = a.once.plus(b.once.plus(a.once, -1), times), a.step.plus(b.step.plus(a.step, -1), times)
-    return Estimate(program, a.usable, memory, memory.total, once, step, a.chip, a.chips, (few, more))
+    once, step, read = (x.plus(y.plus(x, -1), times) for (x, _), (y, _) in zip(a.parts, b.parts))
+    return Estimate(program, a.usable, memory, memory.total, once, step, read, a.chip, a.chips, (few, more))
 
 
 def fast(program: Program, mesh: Mesh, topology: Topology) -> Estimate:

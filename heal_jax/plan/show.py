@@ -71,10 +71,12 @@ def _memory(plan: Slice) -> Table:
 
 def _parts(e: Estimate) -> list[tuple[str, Cost]]:
     """What is counted of a program, with names; nothing of one that the compiler refused."""
-    if e.once is None or e.step is None:
+    if e.once is None or e.step is None or e.read is None:
         return []
+    if e.program.reads:
+        return [("read", e.read), ("step", e.step)]
     if e.program.steps:
-        return [("prefill", e.once), ("step", e.step)]
+        return [("read", e.once), ("step", e.step)]
     return [("update" if "train" in e.program.stages else "batch", e.once)]
 
 

@@ -97,10 +97,10 @@ def decode(
         new = Rollouts(*records, old.length + active, old.stopped | (active & ended), at + 1)
         hidden, cache = model.extend(drawn.token, state.cache, at, views)
         goes_on = active & ~ended & (new.length < budget)
-        return _Rows(constrain(hidden, "batch", None), placed(cache, "batch"), goes_on, new)
+        return _Rows(constrain(hidden, "row", "hidden"), placed(cache, "batch"), goes_on, new)
 
     own = placed(empty_cache(model.config, rows, max_new, hidden.dtype), "batch")
-    start = _Rows(constrain(hidden, "batch", None), own, budget > 0, out)
+    start = _Rows(constrain(hidden, "row", "hidden"), own, budget > 0, out)
     with jax.named_scope(STEPS):
         end = jax.lax.while_loop(lambda state: jnp.any(state.active), step, start)
     return end.out, end.cache._replace(length=end.out.length)
@@ -162,7 +162,6 @@ def decode_queue(
     context, context_length = split(context), split(context_length)
     keys, budget = split(keys.reshape(-1, 2)), split(budget.reshape(-1))
     there = jnp.sum(context_length > 0, axis=1)
-    group = partial(constrain_all, axis="context")
 
     def room(state: _Queue) -> tuple[Array, Array, Array]:
         """Groups [D, G / D] with an idle row, nothing to begin, and room for more that there is; what is free [G, W];
@@ -215,7 +214,9 @@ def decode_queue(
                 jnp.where(given, spread(middle)[:, None], state.stop),
             ),
             length=jnp.where(here, spread(length)[:, None], state.length),
-            first_hidden=group(jnp.where(here[:, :, None], first[:, None], state.first_hidden)),
+            first_hidden=constrain(
+                jnp.where(here[:, :, None], first[:, None], state.first_hidden), "row", None, "hidden"
+            ),
             shared=placed(
                 Cache(
                     tuple(put(old, new, 3) for old, new in zip(state.shared.keys, fresh.keys)),
@@ -282,7 +283,7 @@ def decode_queue(
         return state._replace(
             at=(at + 1).reshape(groups, members),
             active=goes_on.reshape(groups, members),
-            hidden=constrain(hidden, "batch", None).reshape(groups, members, -1),
+            hidden=constrain(hidden, "row", "hidden").reshape(groups, members, -1),
             cache=placed(cache, "batch"),
             out=out,
         )
@@ -328,11 +329,6 @@ def decode_queue(
     return Rollouts(*(x.reshape(-1, *x.shape[2:]) for x in end.out[:6]), end.out.steps)
 
 
-def constrain_all(x: Array, axis: str) -> Array:
-    """x, its first axis split as logical `axis`."""
-    return constrain(x, axis, *(None,) * (x.ndim - 1))
-
-
 @partial(jax.jit, static_argnames=("graph", "rules", "max_new", "groups", "members"))
 def roll_out(
     graph: nnx.GraphDef,
@@ -356,9 +352,7 @@ def roll_out(
     model = nnx.merge(graph, params)
     (count, n), words = budget.shape, keys.reshape(-1, 2)
     if groups * members < count * n:
-        return decode_queue(
-            model, context, context_length, keys, budget, eos_ids, rules, max_new, groups, members
-        )
+        return decode_queue(model, context, context_length, keys, budget, eos_ids, rules, max_new, groups, members)
     hidden, cache = model.read(context, context_length)
     last = last_hidden(constrain(hidden, "context", None, None), context_length)
     seen = view(placed(cache, "context")).repeat(n)

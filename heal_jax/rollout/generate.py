@@ -55,23 +55,33 @@ def pad_rows(rows: Sequence[Sequence[int]], width: int, count: int) -> tuple[np.
     return tokens, length
 
 
-def dealt(shape: Shape, parts: int) -> tuple[int, np.ndarray]:
-    """How many contexts a program for `parts` parts of a mesh takes, and the place of each of the shape's among them.
+def dealt(shape: Shape, parts: int) -> tuple[Shape, np.ndarray]:
+    """The shape of the program over `parts` parts of a mesh, and the place of each of the shape's contexts in it.
 
-    As many as the parts divide. One goes to each part in turn, so that all have the same work to the end.
+    It has as many contexts as the parts divide; one goes to each part in turn, so that all have the same work to the
+    end. Groups of rows that the parts do not divide become as large as a part allows, since what they share is else
+    whole in every part.
     """
-    rows = shape.repeats if shape.at_once else 1
-    unit = parts // math.gcd(parts, rows)
+    unit = parts // math.gcd(parts, shape.repeats if shape.at_once else 1)
     count = -(-shape.contexts // unit) * unit
-    split = parts_of(parts, count, count if shape.at_once else shape.groups)
+    groups, members = (count if shape.at_once else shape.groups), shape.members
+    if not shape.at_once and groups % parts and shape.rows % parts == 0:
+        rows = shape.rows // parts
+        members = max(size for size in range(1, min(rows, shape.repeats) + 1) if rows % size == 0)
+        groups = shape.rows // members
+    split = parts_of(parts, count, groups)
     order = np.arange(count)
-    return count, order % split * (count // split) + order // split
+    over = dataclasses.replace(shape, contexts=count, groups=groups, members=members)
+    return over, order % split * (count // split) + order // split
 
 
 def batch_arrays(groups: Sequence[Group], shape: Shape, parts: int) -> tuple[np.ndarray, ...]:
-    """What `roll_out` is given by context, over `parts` parts of a mesh: context [Q, P], context_length [Q], keys [Q, N, 2],
-    budget [Q, N]; Q and each group's place as `dealt` says."""
-    count, order = dealt(shape, parts)
+    """What `roll_out` is given by context, over `parts` parts of a mesh.
+
+    context [Q, P], context_length [Q], keys [Q, N, 2], budget [Q, N]; Q and each group's place as `dealt` says.
+    """
+    over, order = dealt(shape, parts)
+    count = over.contexts
     context, length = np.zeros((count, shape.context_length), np.int32), np.zeros(count, np.int32)
     keys, budget = np.zeros((count, shape.repeats, 2), np.uint32), np.zeros((count, shape.repeats), np.int32)
     for i, group in zip(order, groups):
@@ -85,7 +95,7 @@ def batch_arrays(groups: Sequence[Group], shape: Shape, parts: int) -> tuple[np.
 def generate(lm: LanguageModel, groups: Sequence[Group], shape: Shape, rules: tuple[Rule, ...]) -> list[list[Decoded]]:
     """Decode a shard: at most shape.contexts groups of shape.repeats rollouts -> the rollouts of each group."""
     parts = batch_parts(lm.mesh)
-    count, order = dealt(shape, parts)
+    over, order = dealt(shape, parts)
     with using(lm.mesh):
         out = roll_out(
             lm.model.graph,
@@ -94,8 +104,8 @@ def generate(lm: LanguageModel, groups: Sequence[Group], shape: Shape, rules: tu
             lm.eos_ids,
             rules=rules,
             max_new=bucket(shape.max_new),
-            groups=count if shape.at_once else shape.groups,
-            members=shape.members,
+            groups=over.groups,
+            members=over.members,
         )
     tokens, entropy, logprob, sampling, length, stopped, _ = fetch(out)
 
@@ -145,6 +155,12 @@ def rollouts(
     return made
 
 
+def score_batch(shape: ScoreShape, parts: int) -> ScoreShape:
+    """The shape over `parts` parts of a mesh: as many contexts and rows as they divide."""
+    contexts, rows = (-(-size // parts) * parts for size in (shape.contexts, shape.rows))
+    return dataclasses.replace(shape, contexts=contexts, rows=rows)
+
+
 def score_texts(
     lm: LanguageModel, texts: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], shape: ScoreShape
 ) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -153,8 +169,9 @@ def score_texts(
     texts: (context, tokens) pairs. Equal pairs are computed once, and a context once a batch.
     """
     parts = batch_parts(lm.mesh)
-    # As many as the mesh divides; each part of it has contexts of its own.
-    contexts, rows = (-(-size // parts) for size in (shape.contexts, shape.rows))
+    # Each part of the mesh has contexts of its own.
+    over = score_batch(shape, parts)
+    contexts, rows = over.contexts // parts, over.rows // parts
     bins: list[dict[tuple[int, ...], list[tuple[int, ...]]]] = []
     for context, tokens in sorted(dict.fromkeys(texts)):
         last = bins[-1] if bins else None
