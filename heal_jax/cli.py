@@ -136,7 +136,7 @@ class BenchArguments:
     """Measure speed: both sides in one run, in turns, beside the machine's own limits. Tools that are not installed are
     left out."""
 
-    part: tyro.conf.Positional[Literal["decode", "train", "all"]]
+    part: tyro.conf.Positional[Literal["decode", "round", "pure", "train", "all"]]
     """What to measure."""
     model: str = "builtin:teacher"
     """A model folder (the README's figures: that of `heal fetch-model smollm2`), in float32."""

@@ -60,7 +60,9 @@ def sample(run: Run) -> None:
         return Group(run.prompts[problem.id], ids, spec.max_new_tokens)
 
     correct: dict[str, int] = defaultdict(int)
-    for problem_id, grade in _shards(run, "base", run.problems, shape, group, lambda p: {}, lambda p: p, longest_prompt(run)):
+    for problem_id, grade in _shards(
+        run, "base", run.problems, shape, group, lambda p: {}, lambda p: p, longest_prompt(run)
+    ):
         correct[problem_id] += grade == "correct"
     strata = {p.id: stratum(correct[p.id], spec.n, run.config.gear.max_correct) for p in run.problems}
     rows = [

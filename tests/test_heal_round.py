@@ -67,7 +67,9 @@ def test_the_round_makes_what_the_stages_make(teacher, stages, mesh):
         """One rollout; False where it parted at a tie."""
         length = out.length[k]
         decoded = row["tokens"][len(kept) :]
-        if not same_rollout(teacher, row["context_tokens"], row["rollout_id"], decoded, out.tokens[k, :length].tolist()):
+        if not same_rollout(
+            teacher, row["context_tokens"], row["rollout_id"], decoded, out.tokens[k, :length].tolist()
+        ):
             parted.add(row["rollout_id"])
             return False
         assert row["finish"] == ("stop" if out.stopped[k] else "length")

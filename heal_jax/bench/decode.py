@@ -23,7 +23,7 @@ def figures(bench: Bench) -> list[Figure]:
 
 
 def _ours(bench: Bench, rows: int, prompt: int, new: int) -> Side:
-    decode, seeds = ours.decode(bench.lm, bench.tokens(rows, prompt), new), itertools.count()
+    decode, seeds = ours.sampling(bench.lm, bench.tokens(rows, prompt), 1, new), itertools.count()
     return timed(lambda: decode(next(seeds)))
 
 

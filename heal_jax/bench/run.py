@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from heal_jax.bench import decode, machine, train
+from heal_jax.bench import decode, machine, round, shared, train
 from heal_jax.bench.context import Bench
 from heal_jax.bench.figure import Figure, show
 from heal_jax.config import ModelSpec
@@ -15,7 +15,12 @@ from heal_jax.model.lm import open_model
 from heal_jax.progress import Progress
 from heal_jax.store import write_json
 
-PARTS = {"decode": decode.figures, "train": train.figures}
+PARTS = {
+    "decode": lambda bench: [*decode.figures(bench), *shared.decoding(bench)],
+    "round": round.figures,
+    "pure": shared.scoring,
+    "train": train.figures,
+}
 REPEATS = 5
 
 

@@ -126,7 +126,9 @@ def heal_round(graph: nnx.GraphDef, params: nnx.State, problems: Problems, eos_i
     cut = placed(Cache(*jax.tree.map(lambda x: pick(x, of_path, parts), own[:2]), length), "context")
     before = pick_view(prompt, of_slot, parts).repeat(config.paths)
     prefix = view(cut, before)
-    hint, hint_length = (jnp.repeat(pick(x, of_slot, parts), config.paths, 0) for x in (problems.hint, problems.hint_length))
+    hint, hint_length = (
+        jnp.repeat(pick(x, of_slot, parts), config.paths, 0) for x in (problems.hint, problems.hint_length)
+    )
     hidden, cache = model.read(hint, hint_length, (before, prefix))
     shown = view(placed(cache, "context"), prefix)
 
@@ -150,13 +152,17 @@ def heal_round(graph: nnx.GraphDef, params: nnx.State, problems: Problems, eos_i
     span = _answer(repaired_by, *of_answer, config.paths * repairs)
     repaired = repaired_by.stopped & (span[:, 1] > 0)
     last_prompt = jnp.take_along_axis(problems.prompt, problems.prompt_length[:, None] - 1, axis=1)[:, 0]
-    last_kept = jnp.take_along_axis(pick(base.tokens, of_path, parts), jnp.maximum(length - 1, 0)[:, None], axis=1)[:, 0]
+    last_kept = jnp.take_along_axis(pick(base.tokens, of_path, parts), jnp.maximum(length - 1, 0)[:, None], axis=1)[
+        :, 0
+    ]
     last = jnp.where(length > 0, last_kept, jnp.repeat(pick(last_prompt, of_slot, parts), config.paths))
     # The last token of the context is read again with each row, since it predicts the row's first.
     prefix = prefix._replace(last=jnp.maximum(prefix.last - 1, 0))
     before = before._replace(last=before.last - (length == 0))
     prefix = prefix._replace(start=before.end)
-    logprob, entropy = _score_chosen(model, repaired_by.tokens, repaired, last, before, prefix, repairs, spec.pure, parts)
+    logprob, entropy = _score_chosen(
+        model, repaired_by.tokens, repaired, last, before, prefix, repairs, spec.pure, parts
+    )
     whole = _spliced(pick(base.tokens, of_path, parts), length, repaired_by, repairs)
     steps = _steps(whole, problems.newlines)
     offset = jnp.repeat(length, repairs)
@@ -169,9 +175,7 @@ def heal_round(graph: nnx.GraphDef, params: nnx.State, problems: Problems, eos_i
     problem = jnp.where(slot < 0, -1, slot + part_of * (count // parts)).reshape(-1)
     parent = jnp.where(path < 0, -1, problem[:, None] * n + path).reshape(-1)
     score = jnp.where(repaired, score, jnp.inf)
-    return Round(
-        base, correct, breakpoint, kept, problem, parent, repaired_by, repaired, logprob, entropy, score
-    )
+    return Round(base, correct, breakpoint, kept, problem, parent, repaired_by, repaired, logprob, entropy, score)
 
 
 def _typed(keys: Array) -> Array:
@@ -279,4 +283,3 @@ def _score_chosen(
     state = jax.lax.while_loop(lambda state: state[0] < most, score, (jnp.int32(0), blank, blank))
     logprob, entropy = (jnp.where(chosen[:, None], x.reshape(tokens.shape), 0.0) for x in state[1:])
     return logprob, entropy
-

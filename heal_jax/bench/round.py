@@ -1,0 +1,196 @@
+"""The fused round beside the stages that make the same rollouts one program after another, shared or not."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from heal_jax import gear
+from heal_jax.bench import ours
+from heal_jax.bench.context import Bench
+from heal_jax.bench.figure import Figure
+from heal_jax.bench.timing import median, timed
+from heal_jax.config import Config, GearSpec, ModelSpec, ProblemSpec, SampleSpec
+from heal_jax.model.lm import LanguageModel, open_model
+from heal_jax.problems.sources import Problem, load
+from heal_jax.rollout.generate import Decoded, Group, generate, pad_rows, score_texts, split_steps
+from heal_jax.rollout.heal_round import Problems, RoundSpec, heal_round
+from heal_jax.rollout.prepare import prepare
+from heal_jax.shapes import at_once, bucket, score_shape
+
+
+def figures(bench: Bench) -> list[Figure]:
+    """At 5, 20 and 60 % unsolved problems, on the built-in teacher and its world: there the answers are right or wrong as
+    the method needs it. Hard problems are unsolved, easy ones solved."""
+    teacher = open_model(ModelSpec("builtin:teacher"))
+    count, few = (4, 1) if bench.quick else (20, 4)
+    sizes = (3, 2, 2) if bench.quick else (10, 3, 10)
+    found: list[Figure] = []
+    for unsolved in dict.fromkeys((max(1, round(share * count)) for share in (0.05, 0.2, 0.6))):
+        bench.say(f"round: {unsolved} of {count} problems unsolved")
+        work = Work(teacher, *_problems(unsolved, count - unsolved, *sizes))
+        made = {"ours": work.fused, "shared": work.stages}
+        if unsolved == few:
+            made |= {"unshared": work.unshared, "without PURE": work.without_pure}
+        _same_work(bench, {name: make() for name, make in made.items()})
+        took = bench.turns({name: timed(make) for name, make in made.items()})
+        name, tokens = f"round, {unsolved / count:.0%} unsolved", work.tokens
+        found.append(Figure(name, "stages, shared prefixes", took["ours"], took["shared"], tokens))
+        if unsolved == few:
+            found.append(Figure(name, "stages, nothing shared", took["ours"], took["unshared"], tokens, reach=2.0))
+            share = 1 - median(took["without PURE"]) / median(took["ours"])
+            bench.note(f"PURE's share of the fused round's time: {share:.0%} (aim: at most 25 %)")
+    return found
+
+
+def _problems(hard: int, easy: int, n: int, paths: int, repairs: int) -> tuple[Config, list[Problem]]:
+    """Unsolved problems first."""
+    config = Config(
+        sample=SampleSpec(n=n),
+        gear=GearSpec(paths=paths, repairs=repairs),
+        problems=ProblemSpec(counts={"hard": hard, "easy": easy}),
+    )
+    problems = load(config.problems, config.grade.by, "problems")
+    return config, sorted(problems, key=lambda p: p.level != "hard")
+
+
+def _same_work(bench: Bench, made: dict[str, Any]) -> None:
+    """Say where a side did not decode the same rollouts."""
+    lengths = {name: [sorted(map(int, part)) for part in result] for name, result in made.items() if "PURE" not in name}
+    if any(found != lengths["ours"] for found in lengths.values()):
+        sums = {name: [sum(part) for part in found] for name, found in lengths.items()}
+        bench.note(f"round: the sides differ in what they decoded (tokens sampled, repaired, scored): {sums}")
+
+
+@dataclasses.dataclass(eq=False)
+class Work:
+    """Problems whose first `unsolved` are; every way gives the lengths of base rollouts, repairs and scored texts."""
+
+    lm: LanguageModel
+    config: Config
+    problems: Sequence[Problem]
+
+    def __post_init__(self) -> None:
+        self.arrays = prepare(self.config, self.lm.tokenizer, self.problems)
+        self.most = bucket(self.config.sample.max_new_tokens)
+        unsolved = sum(p.level == "hard" for p in self.problems)
+        self.spec = RoundSpec((), self.most, self.config.gear, self.config.pure, unsolved)
+        self.device = jax.device_put(self.arrays)
+        # No rollout holds an answer of one token that there is not: nothing is solved, nothing scored.
+        wrong = {
+            "answer": np.full_like(self.arrays.answer, -2),
+            "answer_length": np.ones_like(self.arrays.answer_length),
+        }
+        self.unanswered = jax.device_put(self.arrays._replace(**wrong))
+        self.tokens = 0
+
+    def _round(self, problems: Problems) -> Any:
+        return jax.device_get(
+            heal_round(self.lm.model.graph, self.lm.model.params, problems, self.lm.eos_ids, spec=self.spec)
+        )
+
+    def fused(self) -> tuple[list[int], ...]:
+        """One program."""
+        made = self._round(self.device)
+        self.tokens = int(made.base.length.sum() + made.repairs.length.sum())
+        there = np.repeat(made.parent >= 0, self.config.gear.repairs)
+        return made.base.length, made.repairs.length[there], made.repairs.length[made.repaired]
+
+    def without_pure(self) -> tuple[list[int], ...]:
+        """The same with nothing to score."""
+        made = self._round(self.unanswered)
+        return (made.base.length,)
+
+    def stages(self) -> tuple[list[int], ...]:
+        """One program after another, contexts read and held once."""
+        return self._staged(self._sampled, self._scored)
+
+    def unshared(self) -> tuple[list[int], ...]:
+        """The same with the context read for each rollout, and whole texts scored from nothing."""
+        return self._staged(self._sampled_each, self._scored_whole)
+
+    def _staged(self, sampled: Callable[..., Any], scored: Callable[..., Any]) -> tuple[list[int], ...]:
+        a, config = self.arrays, self.config
+        prompts = [tuple(map(int, row[:n])) for row, n in zip(a.prompt, a.prompt_length)]
+        hints = [tuple(map(int, row[:n])) for row, n in zip(a.hint, a.hint_length)]
+        names = [tuple(f"{p.id}/base/{i}/s0" for i in range(config.sample.n)) for p in self.problems]
+        base = sampled([Group(*pair, self.most) for pair in zip(prompts, names)])
+        groups, kept = self._paths(base, prompts, hints)
+        repairs = sampled(groups)
+        texts = [
+            (context, tuple(map(int, d.tokens)))
+            for (i, context), several in zip(kept, repairs)
+            for d in several
+            if self._right(i, d)
+        ]
+        scored(texts)
+        every = ([len(d.tokens) for several in made for d in several] for made in (base, repairs))
+        return *every, [len(text) for _, text in texts]
+
+    def _paths(
+        self, base: list[list[Decoded]], prompts: Sequence[tuple[int, ...]], hints: Sequence[tuple[int, ...]]
+    ) -> tuple[list[Group], list[tuple[int, tuple[int, ...]]]]:
+        """Groups of repairs, and of each its problem and the context without the hint."""
+        config, spec = self.config, self.config.gear
+        chosen: list[tuple[int, int, Decoded]] = []
+        for i, several in enumerate(base[: self.spec.slots]):
+            failed: dict[tuple[int, ...], tuple[int, int, Decoded]] = {}
+            for j, d in enumerate(several):
+                if not self._right(i, d):
+                    failed.setdefault(tuple(map(int, d.tokens)), (i, j, d))
+            chosen += list(failed.values())[: spec.paths]
+        index, starts, count = split_steps(self.lm, [d.tokens for _, _, d in chosen], self.most)
+        entropy = np.zeros(index.shape, np.float32)
+        for row, (_, _, d) in zip(entropy, chosen):
+            row[: len(d.entropy)] = d.entropy
+        h = gear.step_entropy(entropy, index, self.most)
+        last = gear.last_candidate(self.most, spec.window)[count]
+        unused = np.zeros((len(chosen), 2), np.uint32), np.zeros(len(chosen), np.int32)
+        k = gear.breakpoints(h, count, last, *unused, kind=spec.breakpoint, surge_kind=spec.surge)
+        groups, contexts = [], []
+        for (i, j, d), n in zip(chosen, np.asarray(gear.kept_tokens(starts, k, backup=spec.backup))):
+            context = prompts[i] + tuple(map(int, d.tokens[:n]))
+            ids = tuple(f"{self.problems[i].id}/repair/{j}.{r}/s0" for r in range(spec.repairs))
+            groups.append(Group(context + hints[i], ids, config.sample.max_new_tokens - int(n)))
+            contexts.append((i, context))
+        return groups, contexts
+
+    def _right(self, i: int, d: Decoded) -> bool:
+        """Whether a rollout of problem i stopped and holds the answer's tokens, as the round sees it."""
+        answer = self.arrays.answer[i, : self.arrays.answer_length[i]].tolist()
+        ids = d.tokens.tolist()
+        found = any(ids[t : t + len(answer)] == answer for t in range(len(ids) - len(answer) + 1))
+        return d.finish == "stop" and found
+
+    def _sampled(self, groups: Sequence[Group]) -> list[list[Decoded]]:
+        width, each = max(len(g.context) for g in groups), len(groups[0].rollout_ids)
+        return generate(self.lm, groups, at_once(self._room(len(groups), each), each, width, self.most), ())
+
+    def _room(self, groups: int, each: int) -> int:
+        """Contexts of the program: those of every problem, or of every path that there may be."""
+        return (
+            len(self.problems)
+            if each == self.config.sample.n and groups == len(self.problems)
+            else (self.spec.slots * self.config.gear.paths)
+        )
+
+    def _sampled_each(self, groups: Sequence[Group]) -> list[list[Decoded]]:
+        width, each = max(len(g.context) for g in groups), len(groups[0].rollout_ids)
+        alone = [Group(g.context, (name,), g.budget) for g in groups for name in g.rollout_ids]
+        made = generate(self.lm, alone, at_once(self._room(len(groups), each) * each, 1, width, self.most), ())
+        return [[d for (d,) in made[i * each : (i + 1) * each]] for i in range(len(groups))]
+
+    def _scored(self, texts: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> None:
+        longest = max((len(context) for context, _ in texts), default=1)
+        score_texts(self.lm, texts, score_shape(self.config, longest))
+
+    def _scored_whole(self, texts: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> None:
+        distinct, rows = list(dict.fromkeys(texts)), self.config.pure.batch
+        width = bucket(max((len(context) for context, _ in texts), default=1)) + self.most
+        for start in range(0, len(distinct), rows):
+            whole = [context + text for context, text in distinct[start : start + rows]]
+            jax.device_get(
+                ours.scored_whole(self.lm.model.graph, self.lm.model.params, pad_rows(whole, width, rows)[0])
+            )
