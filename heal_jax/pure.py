@@ -26,9 +26,9 @@ class Purity(NamedTuple):
 def scored_steps(step_index: Array, answer: Array, kept: Array, length: Array) -> Array:
     """Which scored step each token of each rollout belongs to, -1 for none: [B, T] int32.
 
-    step_index [B, T] int32, text steps; answer [B, 2] int32: first and last + 1 token of the answer, which become one more
-    step, the last (none where the two are equal); kept [B] int32: tokens of the kept prefix, whose steps are not scored;
-    length [B] int32: tokens without the EOS. A step left empty vanishes: the numbers are dense.
+    step_index [B, T] int32, text steps; answer [B, 2] int32: first and last + 1 token of the answer, which become one
+    more step, the last (none where the two are equal); kept [B] int32: tokens of the kept prefix, whose steps are not
+    scored; length [B] int32: tokens without the EOS. A step left empty vanishes: the numbers are dense.
     """
     rows, width = step_index.shape
     at = jnp.arange(width)

@@ -54,8 +54,8 @@ def at_once(contexts: int, repeats: int, context: int, max_new: int) -> Shape:
 
 
 def members(repeats: int) -> int:
-    """Rows of a group, where rows take one rollout after another: half of a context's rollouts, so that the last ones of
-    one context and the first of the next fill the group together.
+    """Rows of a group, where rows take one rollout after another: half of a context's rollouts, so that the last ones
+    of one context and the first of the next fill the group together.
     """
     return repeats // 2 if repeats % 2 == 0 else repeats
 
@@ -66,7 +66,8 @@ def groups(config: Config, repeats: int) -> int:
 
 
 def _shape(config: Config, repeats: int, units: int, context: int) -> Shape:
-    """`units`: how many contexts there are at most; they are dealt out evenly to as few shards as sample.rounds allows."""
+    """`units`: how many contexts there are at most; they are dealt out evenly to as few shards as sample.rounds
+    allows."""
     batch = config.sample.batch // repeats
     shards = -(-units // (batch * config.sample.rounds))
     contexts = -(-units // max(1, shards))

@@ -162,7 +162,8 @@ def test_lengths_stops_and_budgets(models):
 @settings(max_examples=6)
 @given(st.integers(0, 99), st.sampled_from([(1, 1), (2, 6), (3, 2)]))
 def test_rows_that_take_one_rollout_after_another(models, seed, rows):
-    """Whatever the rows, a rollout is what it is with a row of its own; some have no budget, some contexts are padding."""
+    """Whatever the rows, a rollout is what it is with a row of its own; some have no budget, some contexts are
+    padding."""
     model, _ = models
     rng = np.random.default_rng(seed)
     contexts = [rng.integers(3, VOCAB, rng.integers(1, 12)).tolist() for _ in range(5)] + [[]]
@@ -180,7 +181,8 @@ def test_rows_that_take_one_rollout_after_another(models, seed, rows):
 
 
 def test_rows_are_seldom_idle(models):
-    """Lengths spread 10:1, two groups of 6 rows, 16 rollouts a row one after another: nine steps in ten make a token."""
+    """Lengths spread 10:1, two groups of 6 rows, 16 rollouts a row one after another: nine steps in ten make a
+    token."""
     model, _ = models
     rng = np.random.default_rng(0)
     budget = rng.integers(4, 41, (16, 12))

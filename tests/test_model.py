@@ -91,8 +91,8 @@ def compare(theirs, decoder, seed, note):
 
 
 def shared(theirs, decoder, tokens, read, extend, note):
-    """One prompt, two different texts kept after it, two rows after each: every level is held once. The rows have decoded
-    different numbers of tokens. Against a whole pass over each row's tokens."""
+    """One prompt, two different texts kept after it, two rows after each: every level is held once. The rows have
+    decoded different numbers of tokens. Against a whole pass over each row's tokens."""
     prompt, kept, lengths = tokens[:1, :7], tokens[1:, :6], np.array([6, 2])
     _, cache = read(decoder, jnp.asarray(prompt), jnp.array([7]), ())
     before = view(cache).repeat(2)

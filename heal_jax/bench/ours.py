@@ -49,7 +49,8 @@ def reading_each(lm: LanguageModel, prompts: np.ndarray, each: int, new: int) ->
 def after_prompt(
     lm: LanguageModel, prompt: np.ndarray, each: int, new: int, *, copies: bool
 ) -> Callable[[int], Rollouts]:
-    """prompt [1, P] int32, read beforehand -> a function of a seed that decodes `each` rollouts of `new` tokens after it.
+    """prompt [1, P] int32, read beforehand -> a function of a seed that decodes `each` rollouts of `new` tokens after
+    it.
 
     copies: with a copy of the prompt's keys and values for each of them.
     """
@@ -81,7 +82,8 @@ def _decoded(graph: nnx.GraphDef, params: nnx.State, hidden: Array, cache: Cache
 
 
 def scoring(lm: LanguageModel, contexts: np.ndarray, texts: np.ndarray, each: int) -> Callable[[], tuple[Array, Array]]:
-    """contexts [A, P], texts [A * each, T] int32 -> log-probabilities and entropies of the texts, each context read once."""
+    """contexts [A, P], texts [A * each, T] int32 -> log-probabilities and entropies of the texts, each context read
+    once."""
     of_row = np.repeat(np.arange(len(contexts), dtype=np.int32), each)
     length = np.full(len(contexts), contexts.shape[1], np.int32)
     arrays = tuple(map(jnp.asarray, (contexts, length, of_row, texts)))

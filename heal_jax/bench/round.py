@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from heal_jax import gear
@@ -22,13 +23,13 @@ from heal_jax.shapes import at_once, bucket, score_shape
 
 
 def figures(bench: Bench) -> list[Figure]:
-    """At 5, 20 and 60 % unsolved problems, on the built-in teacher and its world: there the answers are right or wrong as
-    the method needs it. Hard problems are unsolved, easy ones solved."""
+    """At 5, 20 and 60 % unsolved problems, on the built-in teacher and its world: there the answers are right or wrong
+    as the method needs it. Hard problems are unsolved, easy ones solved."""
     teacher = open_model(ModelSpec("builtin:teacher"))
     count, few = (4, 1) if bench.quick else (20, 4)
     sizes = (3, 2, 2) if bench.quick else (10, 3, 10)
     found: list[Figure] = []
-    for unsolved in dict.fromkeys((max(1, round(share * count)) for share in (0.05, 0.2, 0.6))):
+    for unsolved in dict.fromkeys(max(1, round(share * count)) for share in (0.05, 0.2, 0.6)):
         bench.say(f"round: {unsolved} of {count} problems unsolved")
         work = Work(teacher, *_problems(unsolved, count - unsolved, *sizes))
         made = {"ours": work.fused, "shared": work.stages}
@@ -141,16 +142,17 @@ class Work:
                 if not self._right(i, d):
                     failed.setdefault(tuple(map(int, d.tokens)), (i, j, d))
             chosen += list(failed.values())[: spec.paths]
-        index, starts, count = split_steps(self.lm, [d.tokens for _, _, d in chosen], self.most)
+        index, starts, count = split_steps(self.lm, [d.tokens.tolist() for _, _, d in chosen], self.most)
         entropy = np.zeros(index.shape, np.float32)
-        for row, (_, _, d) in zip(entropy, chosen):
-            row[: len(d.entropy)] = d.entropy
-        h = gear.step_entropy(entropy, index, self.most)
+        for i, (_, _, d) in enumerate(chosen):
+            entropy[i, : len(d.entropy)] = d.entropy
+        h = gear.step_entropy(jnp.asarray(entropy), jnp.asarray(index), self.most)
         last = gear.last_candidate(self.most, spec.window)[count]
-        unused = np.zeros((len(chosen), 2), np.uint32), np.zeros(len(chosen), np.int32)
-        k = gear.breakpoints(h, count, last, *unused, kind=spec.breakpoint, surge_kind=spec.surge)
+        unused = jnp.zeros((len(chosen), 2), jnp.uint32), jnp.zeros(len(chosen), jnp.int32)
+        at = jnp.asarray(count), jnp.asarray(last)
+        k = gear.breakpoints(h, *at, *unused, kind=spec.breakpoint, surge_kind=spec.surge)
         groups, contexts = [], []
-        for (i, j, d), n in zip(chosen, np.asarray(gear.kept_tokens(starts, k, backup=spec.backup))):
+        for (i, j, d), n in zip(chosen, np.asarray(gear.kept_tokens(jnp.asarray(starts), k, backup=spec.backup))):
             context = prompts[i] + tuple(map(int, d.tokens[:n]))
             ids = tuple(f"{self.problems[i].id}/repair/{j}.{r}/s0" for r in range(spec.repairs))
             groups.append(Group(context + hints[i], ids, config.sample.max_new_tokens - int(n)))

@@ -3,6 +3,7 @@
 B rows, H query heads, K key-value heads, T queries, S key slots, E head dimension.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -71,8 +72,8 @@ def _block(q: Array, levels: Sequence[Level], scale: float) -> Array:
         sums.append(_by_row(jnp.sum(weights, axis=-1, keepdims=True), q.shape))
     top = jnp.max(jnp.stack(peaks), axis=0)
     shares = [jnp.exp(peak - top) for peak in peaks]  # 0 for a level of which a query sees nothing
-    total = sum(share * s for share, s in zip(shares, sums))
-    return (sum(share * m for share, m in zip(shares, mixed)) / total).astype(q.dtype)
+    total = functools.reduce(jnp.add, (share * s for share, s in zip(shares, sums)))
+    return (functools.reduce(jnp.add, (share * m for share, m in zip(shares, mixed))) / total).astype(q.dtype)
 
 
 def _scores(q: Array, level: Level, scale: float) -> Array:

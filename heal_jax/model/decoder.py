@@ -2,8 +2,8 @@
 
 Letters in shapes: B rows, T tokens of this call, S cache slots, D hidden, H query heads, K key-value heads,
 G = H / K, E head dimension, V vocabulary. A row's tokens lie in one or more caches, one after another: those it shares
-with other rows (`View`) and its own. In each a token's slot is its place, so a row is described by lengths, and validity
-never depends on a token's id.
+with other rows (`View`) and its own. In each a token's slot is its place, so a row is described by lengths, and
+validity never depends on a token's id.
 """
 
 import contextlib
@@ -77,8 +77,8 @@ def view(cache: Cache, before: View | None = None) -> View:
 
 
 def _write(slots: Array, new: Array, at: Array, axis: int) -> Array:
-    """Put the keys or values of one token a row into slots [B, ..., S, ...] along `axis`, at slot `at` (a scalar, or [B]
-    int32: each row's own); `new` alike with 1 in place of S. Beyond the last slot nothing is written.
+    """Put the keys or values of one token a row into slots [B, ..., S, ...] along `axis`, at slot `at` (a scalar, or
+    [B] int32: each row's own); `new` alike with 1 in place of S. Beyond the last slot nothing is written.
     """
     new = new.astype(slots.dtype)
     if at.ndim == 0:
@@ -92,7 +92,8 @@ def _write(slots: Array, new: Array, at: Array, axis: int) -> Array:
 
 
 def _segment_starts(segments: Array) -> Array:
-    """[B, T] int32, equal within a segment, which is one run -> the first slot of each token's segment, [B, T] int32."""
+    """[B, T] int32, equal within a segment, which is one run -> the first slot of each token's segment, [B, T]
+    int32."""
     at = jnp.arange(segments.shape[1], dtype=jnp.int32)
     begins = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
     return jax.lax.cummax(jnp.where(begins, at, 0), axis=1)

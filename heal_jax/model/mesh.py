@@ -148,7 +148,8 @@ def constrain(x: Array, *axes: str | None) -> Array:
 
 
 def parts_of(parts: int, *sizes: int) -> int:
-    """Into how many parts contexts are split over `parts` parts of a mesh: these where they divide all sizes, else 1."""
+    """Into how many parts contexts are split over `parts` parts of a mesh: these where they divide all sizes, else
+    1."""
     return parts if all(size % parts == 0 for size in sizes) else 1
 
 

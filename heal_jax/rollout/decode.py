@@ -1,7 +1,7 @@
 """The decode loop: `lax.while_loop`s that sample, record entropies, and give the row of a finished rollout to the next.
 
-B rows, T the most new tokens, P tokens of a context, V vocabulary. A rollout's randomness is a key of its own, folded with
-the number of the token, so it does not depend on its row, its neighbours, or what its row held before.
+B rows, T the most new tokens, P tokens of a context, V vocabulary. A rollout's randomness is a key of its own, folded
+with the number of the token, so it does not depend on its row, its neighbours, or what its row held before.
 """
 
 from functools import partial
@@ -25,10 +25,10 @@ STEPS, READS, TURNS = "decode_steps", "read_contexts", "turns"
 
 
 class Rollouts(NamedTuple):
-    """What decoding records, of R rollouts. tokens [R, T] int32; entropy, logprob, sampling_logprob [R, T] float32 (nats,
-    one a decoded token; logprob of the raw distribution, sampling_logprob of the one drawn from); length [R] int32, the
-    EOS included; stopped [R] bool: ended with an EOS; steps [] int32: of the loop, in which every row could have decoded
-    a token. Entries at or beyond a rollout's length mean nothing.
+    """What decoding records, of R rollouts. tokens [R, T] int32; entropy, logprob, sampling_logprob [R, T] float32
+    (nats, one a decoded token; logprob of the raw distribution, sampling_logprob of the one drawn from); length [R]
+    int32, the EOS included; stopped [R] bool: ended with an EOS; steps [] int32: of the loop, in which every row could
+    have decoded a token. Entries at or beyond a rollout's length mean nothing.
     """
 
     tokens: Array
@@ -92,9 +92,9 @@ def decode(
         logits = constrain(model.logits(state.hidden), "batch", "vocab")
         old, active, at = state.out, state.active, state.out.steps
         drawn = draw(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, at), rules)
-        records = (jax.lax.dynamic_update_slice(x, new[:, None], (0, at)) for x, new in zip(old, drawn))
+        records = [jax.lax.dynamic_update_slice(x, new[:, None], (0, at)) for x, new in zip(old, drawn)]
         ended = jnp.any(drawn.token[:, None] == eos_ids, axis=1)
-        new = Rollouts(*records, old.length + active, old.stopped | (active & ended), at + 1)
+        new = Rollouts._make([*records, old.length + active, old.stopped | (active & ended), at + 1])
         hidden, cache = model.extend(drawn.token, state.cache, at, views)
         goes_on = active & ~ended & (new.length < budget)
         return _Rows(constrain(hidden, "row", "hidden"), placed(cache, "batch"), goes_on, new)
@@ -110,9 +110,10 @@ class _Queue(NamedTuple):
     """Loop state of `decode_queue`: G groups of M rows each, W contexts in view of a group, D parts of the mesh.
 
     Of rows [G, M]: rollout (its number among the part's), place (which context in view), at (tokens decoded), budget,
-    active, keys [G, M, 2] uint32, hidden [G, M, Dm]. cache: of the rows. Of contexts in view [G, W]: context (its number
-    in the part), started and stop (rollouts begun, and to begin: equal where all are, or nothing is there), length, first_hidden [G, W, Dm]; shared: their keys
-    and values, W * P slots a group. loaded [D]: contexts taken so far. out: [D, Q * N, ...].
+    active, keys [G, M, 2] uint32, hidden [G, M, Dm]. cache: of the rows. Of contexts in view [G, W]: context (its
+    number in the part), started and stop (rollouts begun, and to begin: equal where all are, or nothing is there),
+    length, first_hidden [G, W, Dm]; shared: their keys and values, W * P slots a group. loaded [D]: contexts taken so
+    far. out: [D, Q * N, ...].
     """
 
     rollout: Array
@@ -148,9 +149,10 @@ def decode_queue(
     """N rollouts of each context by fewer rows: the row of a finished rollout takes the next.
 
     context [Q, P] int32 with context_length [Q] (0: padding, after all others of its part of the mesh); keys [Q, N, 2]
-    uint32, budget [Q, N] int32. `groups` of `members` rows have IN_VIEW contexts in view each: while the last rollouts of
-    one are decoded the rows that are done with it begin with the other, and when a row has nothing to begin, the next
-    context is read; when there is none, the group takes over half of what another has not begun. Returns Q * N rollouts.
+    uint32, budget [Q, N] int32. `groups` of `members` rows have IN_VIEW contexts in view each: while the last rollouts
+    of one are decoded the rows that are done with it begin with the other, and when a row has nothing to begin, the
+    next context is read; when there is none, the group takes over half of what another has not begun. Returns Q * N
+    rollouts.
     """
     (count, width), n, dtype = context.shape, budget.shape[1], model.embed[...].dtype
     parts = parts_here(count, groups)
@@ -273,8 +275,8 @@ def decode_queue(
                 return jax.vmap(lambda x, i, new: x.at[i].set(new, mode="drop"))(x, target, new)
             return jax.vmap(lambda x, i, t, new: x.at[i, t].set(new, mode="drop"))(x, target, when, new)
 
-        records = (record(x, new) for x, new in zip(state.out, (*drawn, at + 1, ended)))
-        out = Rollouts(*records, state.out.steps + 1)
+        records = [record(x, new) for x, new in zip(state.out, (*drawn, at + 1, ended))]
+        out = Rollouts._make([*records, state.out.steps + 1])
         place = state.place.reshape(-1)
         length = jnp.take_along_axis(state.length, state.place, axis=1).reshape(-1)
         seen = View(state.shared, jnp.zeros_like(place), place * width, place * width + length)
@@ -326,7 +328,7 @@ def decode_queue(
     )
     with jax.named_scope(TURNS):
         end = jax.lax.while_loop(lambda state: to_load(state) | to_decode(state), turn, state)
-    return Rollouts(*(x.reshape(-1, *x.shape[2:]) for x in end.out[:6]), end.out.steps)
+    return Rollouts._make([*(x.reshape(-1, *x.shape[2:]) for x in end.out[:6]), end.out.steps])
 
 
 @partial(jax.jit, static_argnames=("graph", "rules", "max_new", "groups", "members"))

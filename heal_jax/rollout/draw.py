@@ -16,8 +16,8 @@ SHARDS = 16  # parts that a vocabulary may be split into without a block being c
 
 
 class Drawn(NamedTuple):
-    """token [B] int32; entropy, logprob, sampling_logprob [B] float32, nats: of the raw distribution, of the token under
-    it, and of the token under the distribution that it was drawn from.
+    """token [B] int32; entropy, logprob, sampling_logprob [B] float32, nats: of the raw distribution, of the token
+    under it, and of the token under the distribution that it was drawn from.
     """
 
     token: Array
@@ -40,7 +40,8 @@ def entropy_of(logits: Array) -> tuple[Array, Array]:
 
 
 def block_width(vocab: int) -> int:
-    """Tokens a block: the largest divisor of the vocabulary up to WIDEST that leaves SHARDS | blocks, where one does."""
+    """Tokens a block: the largest divisor of the vocabulary up to WIDEST that leaves SHARDS | blocks, where one
+    does."""
     whole = vocab // SHARDS if vocab % SHARDS == 0 else vocab
     return max(d for d in range(1, min(WIDEST, whole) + 1) if whole % d == 0)
 

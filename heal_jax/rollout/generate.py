@@ -22,7 +22,8 @@ from heal_jax.shapes import ScoreShape, Shape, at_once, bucket
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Rollouts that share a context (with its hint): ids seed their randomness; budget bounds the new tokens of each."""
+    """Rollouts that share a context (with its hint): ids seed their randomness; budget bounds the new tokens of
+    each."""
 
     context: tuple[int, ...]
     rollout_ids: tuple[str, ...]
@@ -172,13 +173,12 @@ def score_texts(
     # Each part of the mesh has contexts of its own.
     over = score_batch(shape, parts)
     contexts, rows = over.contexts // parts, over.rows // parts
-    bins: list[dict[tuple[int, ...], list[tuple[int, ...]]]] = []
+    bins: list[dict[tuple[int, ...], list[tuple[int, ...]]]] = [{}]
     for context, tokens in sorted(dict.fromkeys(texts)):
-        last = bins[-1] if bins else None
-        full = last is None or sum(map(len, last.values())) == rows or (context not in last and len(last) == contexts)
-        if full:
-            bins.append(last := {})
-        last.setdefault(context, []).append(tokens)
+        if sum(map(len, bins[-1].values())) == rows or (context not in bins[-1] and len(bins[-1]) == contexts):
+            bins.append({})
+        bins[-1].setdefault(context, []).append(tokens)
+    bins = bins if texts else []
     found: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[np.ndarray, np.ndarray]] = {}
     for start in range(0, len(bins), parts):
         part = bins[start : start + parts]
@@ -201,7 +201,8 @@ def _score_arrays(
     rows: int,
     shape: ScoreShape,
 ) -> tuple[np.ndarray, ...]:
-    """What `score` is given: context, context_length, of_row, tokens; `contexts` and `rows` of each part of the mesh."""
+    """What `score` is given: context, context_length, of_row, tokens; `contexts` and `rows` of each part of the
+    mesh."""
     context, length = np.zeros((parts * contexts, shape.context_length), np.int32), np.ones(parts * contexts, np.int32)
     of_row, tokens = np.zeros(parts * rows, np.int32), np.zeros((parts * rows, shape.length), np.int32)
     for i, several in enumerate(bins):

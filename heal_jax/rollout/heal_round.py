@@ -2,9 +2,9 @@
 
 A problems, N rollouts of each, U repair slots (problems that are repaired), F paths of each, R repairs of a path, P
 tokens of a prompt, Q of a hint, T the most new tokens. Nothing that was computed is computed again: a prompt's keys and
-values are held once for its rollouts, its paths and their repairs; what a path keeps is a cut of the cache that its failed
-rollout was decoded with; the hint is read after it, once a path; and PURE reads the continuations alone, after prompt and
-kept prefix without the hint, those alone that reached the answer.
+values are held once for its rollouts, its paths and their repairs; what a path keeps is a cut of the cache that its
+failed rollout was decoded with; the hint is read after it, once a path; and PURE reads the continuations alone, after
+prompt and kept prefix without the hint, those alone that reached the answer.
 """
 
 import dataclasses
@@ -30,10 +30,10 @@ from heal_jax.rollout.steps import Steps, find_steps
 class Problems(NamedTuple):
     """What a round is given, all int32 but the keys [..., 2] uint32.
 
-    prompt [A, P], prompt_length [A]; hint [A, Q], hint_length [A] >= 1; answer [A, L], answer_length [A]: the tokens of the
-    right answer between grade.answer_open and grade.answer_close, with these, and answer_span [A, 2]: first and last + 1 of
-    them that the answer itself overlaps; sample_keys, breakpoint_keys [A, N, 2]; repair_keys [A, N, R, 2], by the failed
-    rollout; newlines: `NewlineTable`'s columns, each [V].
+    prompt [A, P], prompt_length [A]; hint [A, Q], hint_length [A] >= 1; answer [A, L], answer_length [A]: the tokens of
+    the right answer between grade.answer_open and grade.answer_close, with these, and answer_span [A, 2]: first and
+    last + 1 of them that the answer itself overlaps; sample_keys, breakpoint_keys [A, N, 2]; repair_keys [A, N, R, 2],
+    by the failed rollout; newlines: `NewlineTable`'s columns, each [V].
     """
 
     prompt: Array
@@ -53,10 +53,10 @@ class Round(NamedTuple):
     """What a round gives.
 
     base: A * N rollouts; correct, breakpoint, kept [A * N]: whether it stopped and holds the right answer's tokens, k*
-    (gear.NONE where there is none) and the tokens kept of it. problem [U], parent [U * F] int32: the problem of each slot and
-    the failed rollout of each path (among the A * N), -1 where there is none. repairs: U * F * R rollouts; repaired: those
-    that are correct; logprob, entropy [U * F * R, T] float32 nats: the teacher's without the hint; score [U * F * R]: S of
-    PURE, inf for repairs that are not correct.
+    (gear.NONE where there is none) and the tokens kept of it. problem [U], parent [U * F] int32: the problem of each
+    slot and the failed rollout of each path (among the A * N), -1 where there is none. repairs: U * F * R rollouts;
+    repaired: those that are correct; logprob, entropy [U * F * R, T] float32 nats: the teacher's without the hint;
+    score [U * F * R]: S of PURE, inf for repairs that are not correct.
     """
 
     base: Rollouts
@@ -74,7 +74,8 @@ class Round(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class RoundSpec:
-    """The static side of a round. slots: problems that are repaired, at most; those beyond are left to the repair stage."""
+    """The static side of a round. slots: problems that are repaired, at most; those beyond are left to the repair
+    stage."""
 
     rules: tuple[Rule, ...]
     max_new: int
@@ -87,8 +88,8 @@ class RoundSpec:
 def heal_round(graph: nnx.GraphDef, params: nnx.State, problems: Problems, eos_ids: Array, *, spec: RoundSpec) -> Round:
     """One round of HEAL: see the module's text, `Problems`, `Round`.
 
-    Answers are checked on token level and breakpoints are found on token ids, so the host, which has the text, has the last
-    word on both. Not for `gear.breakpoint: oracle`, nor for thinking parts, which only the text tells.
+    Answers are checked on token level and breakpoints are found on token ids, so the host, which has the text, has the
+    last word on both. Not for `gear.breakpoint: oracle`, nor for thinking parts, which only the text tells.
     """
     model, config = nnx.merge(graph, params), spec.gear
     (count, n), repairs = problems.sample_keys.shape[:2], problems.repair_keys.shape[2]
@@ -123,7 +124,8 @@ def heal_round(graph: nnx.GraphDef, params: nnx.State, problems: Problems, eos_i
 
     # Truncate: the cut of the rollout's own cache. Splice the hint in, once a path.
     length = jnp.where(path.reshape(-1) < 0, 0, pick(kept, of_path, parts))
-    cut = placed(Cache(*jax.tree.map(lambda x: pick(x, of_path, parts), own[:2]), length), "context")
+    keys, values = jax.tree.map(lambda x: pick(x, of_path, parts), own[:2])
+    cut = placed(Cache(keys, values, length), "context")
     before = pick_view(prompt, of_slot, parts).repeat(config.paths)
     prefix = view(cut, before)
     hint, hint_length = (
@@ -148,8 +150,10 @@ def heal_round(graph: nnx.GraphDef, params: nnx.State, problems: Problems, eos_i
     )
 
     # Score, without the hint, what reached the answer.
-    of_answer = (pick(x, of_slot, parts) for x in (problems.answer, problems.answer_length, problems.answer_span))
-    span = _answer(repaired_by, *of_answer, config.paths * repairs)
+    answer, answer_length, answer_span = (
+        pick(x, of_slot, parts) for x in (problems.answer, problems.answer_length, problems.answer_span)
+    )
+    span = _answer(repaired_by, answer, answer_length, answer_span, config.paths * repairs)
     repaired = repaired_by.stopped & (span[:, 1] > 0)
     last_prompt = jnp.take_along_axis(problems.prompt, problems.prompt_length[:, None] - 1, axis=1)[:, 0]
     last_kept = jnp.take_along_axis(pick(base.tokens, of_path, parts), jnp.maximum(length - 1, 0)[:, None], axis=1)[
@@ -188,7 +192,8 @@ def _steps(rollouts: Rollouts, newlines: tuple[Array, ...]) -> Steps:
 
 
 def _answer(rollouts: Rollouts, answer: Array, answer_length: Array, span: Array, times: int) -> Array:
-    """Where each rollout last writes the answer: first and last + 1 of its tokens, [B, 2] int32; (0, 0) where it does not.
+    """Where each rollout last writes the answer: first and last + 1 of its tokens, [B, 2] int32; (0, 0) where it does
+    not.
 
     answer [A, L], answer_length [A], span [A, 2] as in `Problems`, each for `times` rollouts.
     """

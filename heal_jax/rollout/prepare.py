@@ -27,16 +27,14 @@ def prepare(config: Config, tokenizer: Tokenizer, problems: Sequence[Problem]) -
     def repair_keys(problem: Problem) -> list[list[np.ndarray]]:
         return [[key_of(f"{problem.id}/repair/{i}.{j}/s{seed}") for j in range(repairs)] for i in range(n)]
 
-    return Problems(
-        *padded[0],
-        *padded[1],
-        *padded[2],
+    arrays = [
+        *(array for pair in padded for array in pair),
         np.array([_span(tokenizer, ids, config) for ids in answers], np.int32),
         np.array([[key_of(name) for name in names] for names in base]),
         np.array([[key_of(name + "/breakpoint") for name in names] for names in base]),
         np.array([repair_keys(p) for p in problems]),
-        columns(tokenizer.newlines),
-    )
+    ]
+    return Problems._make([*arrays, columns(tokenizer.newlines)])
 
 
 def _span(tokenizer: Tokenizer, ids: list[int], config: Config) -> tuple[int, int]:

@@ -23,8 +23,8 @@ def score(
 ) -> tuple[Array, Array]:
     """Log-probability and entropy of every token of each row after its context, in one pass.
 
-    context [A, P] int32 with context_length [A] >= 1; of_row [B] int32: the row's context, counted in its own part of the
-    mesh; tokens [B, T] int32 -> logprob, entropy [B, T] float32 nats; entry t is of the distribution that predicts
+    context [A, P] int32 with context_length [A] >= 1; of_row [B] int32: the row's context, counted in its own part of
+    the mesh; tokens [B, T] int32 -> logprob, entropy [B, T] float32 nats; entry t is of the distribution that predicts
     token t from the context and the tokens before it.
     """
     model = nnx.merge(graph, params)

@@ -23,9 +23,10 @@ class Steps(NamedTuple):
 def find_steps(table: NewlineTable | tuple[Array, ...], tokens: Array, length: Array, text_length: Array) -> Steps:
     """Split rollouts into steps.
 
-    table: the tokenizer's, or (inside a compiled function) its columns as `columns` gives them; tokens [B, T] int32; length [B]: tokens of the rollout; text_length [B]: tokens without the EOS. A token that
-    holds the last newline of a run of two or more ends its step; a blank step joins the one before it, at the start
-    the first; the EOS joins the last. A rollout of white space alone has no step.
+    table: the tokenizer's, or (inside a compiled function) its columns as `columns` gives them; tokens [B, T] int32;
+    length [B]: tokens of the rollout; text_length [B]: tokens without the EOS. A token that holds the last newline of a
+    run of two or more ends its step; a blank step joins the one before it, at the start the first; the EOS joins the
+    last. A rollout of white space alone has no step.
     """
     return _find(*(columns(table) if isinstance(table, NewlineTable) else table), tokens, length, text_length)
 
