@@ -282,20 +282,17 @@ def _stages(command: str, argv: list[str]) -> None:
 
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before jax, which reads it
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no torch is as it should be
-    from heal_jax import processes
+    from heal_jax import cache, processes
     from heal_jax.pipeline import NEEDS, run_stages
     from heal_jax.progress import Progress
     from heal_jax.run import open_run
 
-    with (
-        processes.job(),
-        Progress(quiet=arguments.quiet or not processes.primary()) as progress,
-        open_run(
-            arguments.settings, arguments.out, progress, NEEDS.get(command, ()), shlex.join(["heal", command, *argv])
-        ) as opened,
-    ):
-        run_stages(opened, list(STAGES) if command == "run" else [command])
-        if command == "run" and processes.primary():
-            from heal_jax.summary import verdict
+    with processes.job(), Progress(quiet=arguments.quiet or not processes.primary()) as progress:
+        cache.enable(progress.say)
+        needs, line = NEEDS.get(command, ()), shlex.join(["heal", command, *argv])
+        with open_run(arguments.settings, arguments.out, progress, needs, line) as opened:
+            run_stages(opened, list(STAGES) if command == "run" else [command])
+            if command == "run" and processes.primary():
+                from heal_jax.summary import verdict
 
-            print(verdict(arguments.out))
+                print(verdict(arguments.out))

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
 
 from heal_jax.model.tokenizer import NewlineTable
 
@@ -20,14 +21,14 @@ class Steps(NamedTuple):
     number: Array
 
 
-def find_steps(table: NewlineTable, tokens: Array, length: Array, text_length: Array) -> Steps:
+def find_steps(table: NewlineTable, tokens: ArrayLike, length: ArrayLike, text_length: ArrayLike) -> Steps:
     """Split rollouts into steps.
 
     tokens [B, T] int32; length [B]: tokens of the rollout; text_length [B]: tokens without the EOS. A token that
     holds the last newline of a run of two or more ends its step; a blank step joins the one before it, at the start
     the first; the EOS joins the last. A rollout of white space alone has no step.
     """
-    return _find(*(jnp.asarray(column) for column in _columns(table)), tokens, length, text_length)
+    return _find(*_columns(table), tokens, length, text_length)
 
 
 def _columns(table: NewlineTable) -> tuple:
