@@ -83,8 +83,6 @@ class PlanArguments:
     assumptions: Annotated[Assumptions, tyro.conf.arg(name="")] = Assumptions()
     search: bool = False
     """Try meshes and values of sample.batch, and plan the cheapest that fits."""
-    fast: bool = False
-    """Compile scoring and training with few layers, twice, and take their figures to grow linearly with the layers."""
     price_per_chip_hour: float = 0.0
     """For the cost of the whole run."""
     json: Path | None = None
@@ -256,8 +254,7 @@ def _plan(argv: list[str]) -> None:
     os.environ.update(environment(topologies))  # before jax, which reads it
     from rich.console import Console
 
-    from heal_jax.plan.estimate import estimate
-    from heal_jax.plan.search import fast, search
+    from heal_jax.plan.search import search
     from heal_jax.plan.show import show
     from heal_jax.plan.slices import plan_slice, prepare, to_json
     from heal_jax.progress import Progress
@@ -269,8 +266,7 @@ def _plan(argv: list[str]) -> None:
             prepare(arguments.settings, topology, arguments.assumptions)  # what is wrong is said before any compiling
         for topology in topologies:
             work = arguments.settings, topology, arguments.assumptions, price, progress.say
-            measure = fast if arguments.fast else estimate
-            done.append(search(*work, last=measure) if arguments.search else plan_slice(*work, measure))
+            done.append(search(*work) if arguments.search else plan_slice(*work))
             show(done[-1], console)
             if file is not None:
                 write_json(file, to_json(done))

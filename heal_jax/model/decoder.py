@@ -8,8 +8,7 @@ one number, its length, and validity never depends on a token's id.
 import contextlib
 import dataclasses
 import functools
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -20,18 +19,14 @@ from jax import Array
 from heal_jax.model.attention import attention
 from heal_jax.model.config import DecoderConfig
 from heal_jax.model.experts import Experts
-from heal_jax.model.mesh import constrain, platform
+from heal_jax.model.layers import in_turn
+from heal_jax.model.mesh import constrain
 from heal_jax.model.rope import rotate
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
 }
-
-SCAN_FROM = 4  # repetitions; fewer save little compiling, and their weights are copied together all the same
-# Where layers are not scanned. A CPU's compiler takes 8 s for a training step of 30 layers, 24 s for one with a loop,
-# which is slower by a fifth and takes two thirds more memory. A TPU's takes minutes for as few as two layers.
-UNROLLED = ("cpu",)
 
 
 class Cache(NamedTuple):
@@ -185,40 +180,6 @@ class Block(nnx.Module):
         return x + (self.post_mlp_norm(y) if c.gemma else y), (k, v)
 
 
-def stretches(config: DecoderConfig) -> Iterator[tuple[int, int, int]]:
-    """The layers as (first layer, period, times): kinds of layer that follow each other `times` times.
-
-    The longest repetition there is from each layer on, with the shortest period; what repeats less than SCAN_FROM times
-    is single layers: (layer, 1, 1).
-    """
-    kinds = [(config.layer_window(i), config.layer_rope(i), config.has_experts(i)) for i in range(config.num_layers)]
-
-    def times(start: int, period: int) -> int:
-        same = itertools.takewhile(lambda i: kinds[i] == kinds[i - period], range(start + period, len(kinds)))
-        return 1 + len(list(same)) // period
-
-    start = 0
-    while start < len(kinds):
-        found = [(period, times(start, period)) for period in range(1, len(kinds) - start + 1)]
-        repeated = [(period, n) for period, n in found if n >= SCAN_FROM]
-        period, n = max(repeated, key=lambda pair: pair[0] * pair[1], default=(1, 1))
-        yield start, period, n
-        start += period * n
-
-
-def _scan(apply: Callable[[Block, Array], Array], blocks: Sequence[Block], period: int, x: Array) -> Array:
-    """x [B, T, D] through all blocks, of which those `period` apart are alike: a loop over their stacked weights."""
-    graphs, states = zip(*map(nnx.split, blocks))
-    stacked = [jax.tree.map(lambda *weights: jnp.stack(weights), *states[i::period]) for i in range(period)]
-
-    def body(x: Array, states: list[nnx.State]) -> tuple[Array, None]:
-        for graph, state in zip(graphs, states):
-            x = apply(nnx.merge(graph, state), x)
-        return x, None
-
-    return jax.lax.scan(body, x, stacked)[0]
-
-
 class Decoder(nnx.Module):
     """A causal language model. `rngs` seeds the initial weights (normal, `std`), which loading replaces."""
 
@@ -264,15 +225,8 @@ class Decoder(nnx.Module):
         def apply(block: Block, x: Array) -> Array:
             return constrain(block(x, positions, slots, segments)[0], "context", None, None)
 
-        apply = nnx.remat(apply) if remat else apply
-        alone = platform() in UNROLLED
         with self._precision():
-            for start, period, times in stretches(self.config):
-                blocks = self.blocks[start : start + period * times]
-                if times > 1 and not alone:
-                    x = _scan(apply, blocks, period, x)
-                else:
-                    x = functools.reduce(lambda x, block: apply(block, x), blocks, x)
+            x = in_turn(apply, self.blocks, self.config, x, remat)
         return self.norm(x)
 
     def extend(self, tokens: Array, count: Array, cache: Cache) -> tuple[Array, Cache]:
