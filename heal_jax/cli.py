@@ -85,8 +85,6 @@ class PlanArguments:
     assumptions: Annotated[Assumptions, tyro.conf.arg(name="")] = Assumptions()
     search: bool = False
     """Try meshes and values of sample.batch, and plan the cheapest that fits."""
-    fast: bool = False
-    """Compile scoring and training with few layers, twice, and take their figures to grow linearly with the layers."""
     price_per_chip_hour: float = 0.0
     """For the cost of the whole run."""
     json: Path | None = None
@@ -276,8 +274,7 @@ def _plan(argv: list[str]) -> None:
     os.environ.update(environment(topologies))  # before jax, which reads it
     from rich.console import Console
 
-    from heal_jax.plan.estimate import estimate
-    from heal_jax.plan.search import fast, search
+    from heal_jax.plan.search import search
     from heal_jax.plan.show import show
     from heal_jax.plan.slices import plan_slice, prepare, to_json
     from heal_jax.progress import Progress
@@ -289,8 +286,7 @@ def _plan(argv: list[str]) -> None:
             prepare(arguments.settings, topology, arguments.assumptions)  # what is wrong is said before any compiling
         for topology in topologies:
             work = arguments.settings, topology, arguments.assumptions, price, progress.say
-            measure = fast if arguments.fast else estimate
-            done.append(search(*work, last=measure) if arguments.search else plan_slice(*work, measure))
+            done.append(search(*work) if arguments.search else plan_slice(*work))
             show(done[-1], console)
             if file is not None:
                 write_json(file, to_json(done))
@@ -318,20 +314,17 @@ def _stages(command: str, argv: list[str]) -> None:
 
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before jax, which reads it
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no torch is as it should be
-    from heal_jax import processes
+    from heal_jax import cache, processes
     from heal_jax.pipeline import NEEDS, run_stages
     from heal_jax.progress import Progress
     from heal_jax.run import open_run
 
-    with (
-        processes.job(),
-        Progress(quiet=arguments.quiet or not processes.primary()) as progress,
-        open_run(
-            arguments.settings, arguments.out, progress, NEEDS.get(command, ()), shlex.join(["heal", command, *argv])
-        ) as opened,
-    ):
-        run_stages(opened, list(STAGES) if command == "run" else [command])
-        if command == "run" and processes.primary():
-            from heal_jax.summary import verdict
+    with processes.job(), Progress(quiet=arguments.quiet or not processes.primary()) as progress:
+        cache.enable(progress.say)
+        needs, line = NEEDS.get(command, ()), shlex.join(["heal", command, *argv])
+        with open_run(arguments.settings, arguments.out, progress, needs, line) as opened:
+            run_stages(opened, list(STAGES) if command == "run" else [command])
+            if command == "run" and processes.primary():
+                from heal_jax.summary import verdict
 
-            print(verdict(arguments.out))
+                print(verdict(arguments.out))

@@ -9,7 +9,6 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from heal_jax import gear, processes
@@ -153,20 +152,20 @@ def failed_paths(run: Run) -> list[Path]:
     if spec.breakpoint == "oracle":
         wrong = [first_wrong_step(p.question, row["text"]) or 0 for p, row in zip(problems, rows)]
     breakpoint = gear.breakpoints(
-        gear.step_entropy(jnp.asarray(entropy), jnp.asarray(index), steps),
-        jnp.asarray(count),
-        jnp.asarray(gear.last_candidate(steps, spec.window)[count]),
-        jnp.asarray(np.stack([key_of(row["rollout_id"] + "/breakpoint") for row in rows])),
-        jnp.asarray(wrong, jnp.int32),
+        gear.step_entropy(entropy, index, steps),
+        count,
+        gear.last_candidate(steps, spec.window)[count],
+        np.stack([key_of(row["rollout_id"] + "/breakpoint") for row in rows]),
+        np.asarray(wrong, np.int32),
         kind=spec.breakpoint,
         surge_kind=spec.surge,
     )
-    kept = gear.kept_tokens(jnp.asarray(starts), breakpoint, backup=spec.backup)
+    kept = gear.kept_tokens(starts, breakpoint, backup=spec.backup)
     return [
         Path(
             p, row, int(k), tuple(row["tokens"][:n]) or opening(run.teacher.tokenizer, row["tokens"], run.config.grade)
         )
-        for p, row, k, n in zip(problems, rows, breakpoint, map(int, kept))
+        for p, row, k, n in zip(problems, rows, np.asarray(breakpoint), np.asarray(kept))
     ]
 
 

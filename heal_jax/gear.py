@@ -13,6 +13,7 @@ from jax import Array
 NONE = -1  # no breakpoint
 
 
+@partial(jax.jit, static_argnames="steps")
 def step_entropy(entropy: Array, step_index: Array, steps: int) -> Array:
     """h_k = mean of H_t over the tokens of step k.
 

@@ -194,7 +194,7 @@ def _enter(
         "heal_jax": __version__,
         "versions": _versions(),
         "python": platform.python_version(),
-        "device": {"kind": jax.devices()[0].device_kind, "count": jax.device_count(), "processor": _processor()},
+        "device": {"kind": jax.devices()[0].device_kind, "count": jax.device_count(), "processor": processor()},
         "processes": processes.count(),
         "mesh": dict(mesh.shape),
         "threads": int(os.environ.get("NPROC", os.cpu_count() or 1)),
@@ -217,7 +217,7 @@ def _hash(data: Any) -> str:
     return hashlib.sha256(json.dumps(data).encode()).hexdigest()
 
 
-def _processor() -> str:
+def processor() -> str:
     """The processor's model name: rounding may differ between types."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():

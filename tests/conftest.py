@@ -22,6 +22,16 @@ settings.register_profile("heal", deadline=None, max_examples=25, derandomize=Tr
 settings.load_profile("heal")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def caches(tmp_path_factory):
+    """A cache directory of the suite's own: what one of its many runs compiles the others find."""
+    folder = tmp_path_factory.mktemp("caches")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        patch.setitem(ENVIRONMENT, "XDG_CACHE_HOME", str(folder))
+        yield folder
+
+
 @pytest.fixture(scope="session")
 def teacher():
     """The built-in teacher on one device."""

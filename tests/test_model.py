@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections import defaultdict
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from heal_jax.errors import InputError
 from heal_jax.model.config import FAMILIES as SUPPORTED
 from heal_jax.model.config import FIXED, NEUTRAL, READ, both_spellings, decoder_config, read_config_json
 from heal_jax.model.decoder import Decoder, empty_cache, view
+from heal_jax.model.layers import SCAN_FROM, stretches
 from heal_jax.model.mesh import make_mesh, spec
 from heal_jax.model.weights import load, save_weights, shardings, table
 from heal_jax.rollout.draw import entropy_of
@@ -357,3 +359,74 @@ def test_initial_weights_depend_on_the_seed_alone(tmp_path):
     np.testing.assert_array_equal(a, b)
     assert not np.array_equal(a, c)
     assert isinstance(nnx.merge(*nnx.split(Decoder(config, rngs=nnx.Rngs(0)))), Decoder)
+
+
+DEEP = {
+    "qwen2": {"num_hidden_layers": 9, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 4},
+    "qwen3_moe": {"num_hidden_layers": 9, "decoder_sparse_step": 2},
+    "gemma3_text": {"layer_types": (["sliding_attention", "full_attention"] * 5)[:9], "num_hidden_layers": 9},
+}
+
+
+@pytest.mark.parametrize(("family", "remat"), [("qwen2", False), ("qwen3_moe", True), ("gemma3_text", True)])
+def test_scanned_layers_give_what_layers_in_a_row_do(tmp_path, family, remat, monkeypatch):
+    """Logits and gradients, of packed rows; and the program is smaller."""
+    hf_folder(tmp_path, family, **DEEP[family])
+    decoder = merged(load(tmp_path))
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, VOCAB, (2, 21)))
+    segments, positions = jnp.asarray([[0] * 9 + [1] * 12] * 2), jnp.asarray([[*range(9), *range(12)]] * 2)
+
+    def results():
+        def loss(decoder):
+            return jnp.sum(jnp.sin(decoder.logits(decoder(tokens, segments, positions, remat=remat))))
+
+        compute = nnx.jit(nnx.value_and_grad(loss))
+        return jax.tree.leaves(compute(decoder)), len(compute.lower(decoder).as_text())
+
+    in_a_row, size = results()
+    monkeypatch.setattr("heal_jax.model.layers.UNROLLED", ())
+    scanned, smaller = results()
+    assert smaller < 0.9 * size
+    for a, b in zip(scanned, in_a_row, strict=True):
+        assert error(a, b, np.abs(b).max()) < 1e-4
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=24))
+def test_stretches_cover_every_layer_once(sliding):
+    config = Stretched(len(sliding), tuple(sliding))
+    found = list(stretches(config))
+    assert [start for start, *_ in found] == list(np.cumsum([0, *(p * n for _, p, n in found)]))[:-1]
+    assert sum(period * times for _, period, times in found) == len(sliding)
+    for start, period, times in found:
+        assert times == 1 == period or times >= SCAN_FROM
+        assert sliding[start : start + period] * times == sliding[start : start + period * times]
+
+
+@pytest.mark.parametrize(
+    ("sliding", "found"),
+    [
+        ([False] * 36, [(0, 1, 36)]),
+        ([False] * 3, [(0, 1, 1), (1, 1, 1), (2, 1, 1)]),
+        (([True] * 5 + [False]) * 4 + [True] * 2, [(0, 6, 4), (24, 1, 1), (25, 1, 1)]),  # Gemma 3 1B
+        ([False] * 10 + [True] * 20, [(0, 1, 10), (10, 1, 20)]),
+        ([True] + [False] * 8, [(0, 1, 1), (1, 1, 8)]),
+    ],
+)
+def test_stretches(sliding, found):
+    assert list(stretches(Stretched(len(sliding), tuple(sliding)))) == found
+
+
+class Stretched(NamedTuple):
+    """As much of a configuration as decides which layers are alike."""
+
+    num_layers: int
+    sliding: tuple[bool, ...]
+
+    def layer_window(self, layer):
+        return 5 * self.sliding[layer]
+
+    def layer_rope(self, layer):
+        return self.sliding[layer]
+
+    def has_experts(self, layer):
+        return False

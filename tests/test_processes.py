@@ -23,15 +23,6 @@ PATIENCE = 180  # seconds within which the others have ended; usually 3, and 60 
 GONE = "heal: another process of this run died or cannot be reached"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled(tmp_path_factory):
-    """What one of these runs compiles the others find: they are many."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(ENVIRONMENT, "JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
-        patch.setitem(ENVIRONMENT, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-        yield
-
-
 def launch(count: int, out: Path, *more: str) -> subprocess.Popen:
     """All processes through the launcher; eight devices in all."""
     arguments = list(map(str, [LAUNCHER, count, TINY, out, *SETTINGS, *mesh_arguments(**EIGHT), *more]))

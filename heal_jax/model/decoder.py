@@ -20,6 +20,7 @@ from jax import Array
 from heal_jax.model.attention import Level, attention
 from heal_jax.model.config import DecoderConfig
 from heal_jax.model.experts import Experts
+from heal_jax.model.layers import in_turn
 from heal_jax.model.mesh import constrain
 from heal_jax.model.rope import rotate
 
@@ -304,13 +305,11 @@ class Decoder(nnx.Module):
         # Rows stay split between blocks: left alone the compiler splits hidden over fsdp and repeats the attention.
         x = constrain(self._embed(tokens), "context", None, None)
 
-        def apply(block: Block, x: Array, positions: Array, segments: Array | None) -> Array:
+        def apply(block: Block, x: Array) -> Array:
             return constrain(block(x, positions, slots, segments)[0], "context", None, None)
 
-        apply = nnx.remat(apply) if remat else apply
         with self._precision():
-            for block in self.blocks:
-                x = apply(block, x, positions, segments)
+            x = in_turn(apply, self.blocks, self.config, x, remat)
         return self.norm(x)
 
     def read(self, tokens: Array, count: Array, views: Sequence[View] = ()) -> tuple[Array, Cache]:

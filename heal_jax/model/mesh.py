@@ -141,6 +141,12 @@ def using(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
+def platform() -> str:
+    """Inside a compiled function: what it is compiled for, such as cpu or tpu."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def constrain(x: Array, *axes: str | None) -> Array:
     """Inside a compiled function: x, split as its logical axes say over the mesh of `using`; without one, x."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -2,8 +2,8 @@
 
 Every mesh that divides the models and every batch are candidates. None is compiled whose weights, cache and optimizer
 alone do not fit, or that cannot beat the best found: a bound on its chip-hours follows from the FLOPs by formula and
-from the weights and the cache that each decode step reads. The others are compiled with few layers and extrapolated,
-since layers are alike; the winner is then compiled whole (`fast`: but for programs without a cache).
+from the weights and the cache that each decode step reads. Of the others roll-outs are compiled with few layers and
+extrapolated, since layers are alike; the winner is then compiled whole.
 """
 
 import dataclasses
@@ -54,12 +54,10 @@ def search(
     price: float,
     say: Callable[[str], None],
     measure: Measure | None = None,
-    last: Callable[[Program, Mesh, Topology], Estimate] = estimate,
 ) -> Slice:
     """The cheapest candidate. Raises InputError where none fits.
 
-    `measure`: how a program is estimated before the winner is known (default: with few layers, extrapolated); `last`:
-    how the winner is then (default: compiled whole).
+    `measure`: how a program is estimated before the winner is known (default: with few layers, extrapolated).
     """
     work = workload(config, folders(config), assumptions)
     usable = backend.usable_hbm(topology)
@@ -82,7 +80,7 @@ def search(
         say(f"{topology.name}: {best[1].setting} it is")
         estimates = []
         for program in best[1].programs:
-            estimates.append(last(program, best[1].mesh, topology))
+            estimates.append(estimate(program, best[1].mesh, topology))
             backend.let_go()
         if all(e.fits for e in estimates):
             shape, batch = dict(best[1].mesh.shape), best[1].config.sample.batch
@@ -168,13 +166,13 @@ def depths(config: DecoderConfig) -> tuple[int, int]:
 
 
 def extrapolated(program: Program, mesh: Mesh, topology: Topology) -> Estimate:
-    """An estimate from two shallower ones: every figure is taken to grow linearly with the layers.
+    """An estimate of a roll-out from two shallower ones: every figure is taken to grow linearly with the layers.
 
     Temporary memory does not where something else than the layers is the most of few of them (in a roll-out the
-    prefill, of many the cache), so that a roll-out's can be too low.
+    prefill, of many the cache), so that it can be too low. Other programs are compiled whole: their layers are a loop.
     """
     layers, (few, more) = program.model.config.num_layers, depths(program.model.config)
-    if layers <= more:
+    if layers <= more or not program.steps:
         return estimate(program, mesh, topology)
     a, b = (
         estimate(dataclasses.replace(program, model=program.model.with_layers(n)), mesh, topology) for n in (few, more)
@@ -191,8 +189,3 @@ def extrapolated(program: Program, mesh: Mesh, topology: Topology) -> Estimate:
     memory = dataclasses.replace(memory, **program.memory(mesh), temporary=max(memory.temporary, 0.0))
     once, step, read = (x.plus(y.plus(x, -1), times) for (x, _), (y, _) in zip(a.parts, b.parts))
     return Estimate(program, a.usable, memory, memory.total, once, step, read, a.chip, a.chips, (few, more))
-
-
-def fast(program: Program, mesh: Mesh, topology: Topology) -> Estimate:
-    """Roll-outs compiled whole, which takes a minute or two; scoring and training, which take longer, extrapolated."""
-    return (estimate if program.steps else extrapolated)(program, mesh, topology)

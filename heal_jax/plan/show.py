@@ -29,8 +29,6 @@ def show(plan: Slice, console: Console) -> None:
     for table in (_programs(plan), _memory(plan), _work(plan), _collectives(plan), _run(plan)):
         if table.row_count:
             console.print(table)
-    if few := [e.program.name for e in plan.estimates if e.layers != (e.program.model.config.num_layers,)]:
-        console.print(f"note: extrapolated from compilations with few layers: {', '.join(few)}", soft_wrap=True)
     for e in plan.estimates:
         for warning in e.warnings:
             console.print(f"note: {e.program.name}: {warning}", soft_wrap=True, markup=False)

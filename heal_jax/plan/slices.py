@@ -67,17 +67,13 @@ def plan_slice(
     assumptions: Assumptions,
     price: float,
     say: Callable[[str], None],
-    measure: Callable[[Program, Mesh, Topology], Estimate] = estimate,
 ) -> Slice:
-    """Compile every program of the run for the slice; `measure` says how (whole, or with few layers).
-
-    Raises InputError as `prepare` does.
-    """
+    """Compile every program of the run for the slice. Raises InputError as `prepare` does."""
     mesh, work, made = prepare(config, topology, assumptions)
     found = []
     for program in made:
         say(f"{topology.name}: compiling {program.name} ({program.model.config.num_layers} layers)")
-        found.append(measure(program, mesh, topology))
+        found.append(estimate(program, mesh, topology))
         backend.let_go()
     return Slice(topology, dict(mesh.shape), config.sample.batch, tuple(found), work, price)
 

@@ -5,7 +5,6 @@ import hashlib
 import math
 from collections.abc import Sequence
 
-import jax.numpy as jnp
 import numpy as np
 
 from heal_jax.config import SampleSpec, check
@@ -228,9 +227,7 @@ def split_steps(
         tokens, length = pad_rows(part, width, rows)
         text_length = [len(lm.tokenizer.without_eos(t)) for t in part]
         text_length += [text_length[0]] * (rows - len(part))
-        steps = find_steps(
-            lm.tokenizer.newlines, *map(jnp.asarray, (tokens, length, np.asarray(text_length, np.int32)))
-        )
+        steps = find_steps(lm.tokenizer.newlines, tokens, length, np.asarray(text_length, np.int32))
         parts.append([np.asarray(x)[: len(part)] for x in steps])
     if not parts:
         return np.zeros((0, width), np.int32), np.zeros((0, width), bool), np.zeros(0, np.int32)

@@ -5,7 +5,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
+from jax.typing import ArrayLike
 
 from heal_jax.model.tokenizer import NewlineTable
 
@@ -20,7 +22,9 @@ class Steps(NamedTuple):
     number: Array
 
 
-def find_steps(table: NewlineTable | tuple[Array, ...], tokens: Array, length: Array, text_length: Array) -> Steps:
+def find_steps(
+    table: NewlineTable | tuple[ArrayLike, ...], tokens: ArrayLike, length: ArrayLike, text_length: ArrayLike
+) -> Steps:
     """Split rollouts into steps.
 
     table: the tokenizer's, or (inside a compiled function) its columns as `columns` gives them; tokens [B, T] int32;
@@ -31,9 +35,9 @@ def find_steps(table: NewlineTable | tuple[Array, ...], tokens: Array, length: A
     return _find(*(columns(table) if isinstance(table, NewlineTable) else table), tokens, length, text_length)
 
 
-def columns(table: NewlineTable) -> tuple[Array, ...]:
+def columns(table: NewlineTable) -> tuple[np.ndarray, ...]:
     """The table's arrays, [V] each."""
-    return tuple(map(jnp.asarray, (table.lead, table.trail, table.only, table.inner, table.blank)))
+    return table.lead, table.trail, table.only, table.inner, table.blank
 
 
 @partial(jax.jit)

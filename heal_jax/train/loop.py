@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
@@ -75,6 +76,12 @@ def schedule(spec: TrainSpec, total_steps: int) -> optax.Schedule:
     final = FINAL_RATE if spec.schedule == "cosine" else 1.0
     peak = spec.learning_rate
     return optax.warmup_cosine_decay_schedule(peak / warmup, peak, warmup - 1, total_steps, final * peak)
+
+
+@functools.cache
+def rates(spec: TrainSpec, total_steps: int) -> Callable[[int], jax.Array]:
+    """`schedule`, compiled as one program."""
+    return jax.jit(schedule(spec, total_steps))
 
 
 @functools.cache
@@ -134,7 +141,7 @@ def train(
     total = sum(phase.steps for phase in phases)
     if total == 0 or any(phase.steps and not phase.examples for phase in phases):
         raise RunError("there is nothing to train on: no phase has optimizer steps, or one has steps but no examples")
-    transform, rate = optimizer(spec, total), schedule(spec, total)
+    transform, rate = optimizer(spec, total), rates(spec, total)
     dtype = jax.tree.leaves(model.params)[0].dtype
     target = abstract_state(model, transform, mesh)
     leaves = jax.tree.leaves((target["params"], target["opt_state"]))
@@ -260,14 +267,15 @@ def abstract_state(model: Model, transform: optax.GradientTransformation, mesh: 
 
 def _initial_state(model: Model, transform: optax.GradientTransformation, target: dict[str, Any]) -> dict[str, Any]:
     """A copy of the model's weights (steps donate theirs) and a fresh optimizer state, placed as in `target`."""
-    params = jax.tree.map(
-        # Not device_put(may_alias=False): from one device to a mesh it aliases all the same.
-        lambda x, t: jax.device_put(jnp.copy(x).astype(t.dtype), t.sharding),
-        model.params,
-        target["params"],
-    )
+    params = jax.tree.map(lambda x, t: jax.device_put(x, t.sharding), _copy(model.params), target["params"])
     places = jax.tree.map(lambda t: t.sharding, target["opt_state"])
     return {"params": params, "opt_state": jax.jit(transform.init, out_shardings=places)(params)}
+
+
+@jax.jit
+def _copy(params: nnx.State) -> nnx.State:
+    """In float32. Not device_put(may_alias=False): from one device to a mesh it aliases all the same."""
+    return jax.tree.map(lambda x: jnp.copy(x).astype(jnp.float32), params)
 
 
 def _identity(
