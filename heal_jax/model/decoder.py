@@ -19,6 +19,7 @@ from jax import Array
 from heal_jax.model.attention import attention
 from heal_jax.model.config import DecoderConfig
 from heal_jax.model.experts import Experts
+from heal_jax.model.kernels import full_attention
 from heal_jax.model.mesh import constrain
 from heal_jax.model.rope import rotate
 
@@ -167,11 +168,13 @@ class Block(nnx.Module):
         """x [B, T, D], positions and slots [B, T] int32 -> x [B, T, D] and the keys and values attended to."""
         c = self.config
         q, k, v = self.queries_keys_values(self.attn_norm(x), positions)
-        if cached is not None:
+        scale, window = c.query_scale**-0.5, c.layer_window(self.layer)
+        if cached is None:
+            mixed = full_attention(q, k, v, segments, scale=scale, window=window)
+        else:
             k = _write(cached[0], k, slots[:, 0], axis=2)
             v = _write(cached[1], v, slots[:, 0], axis=1)
-        both = None if segments is None else (segments, segments)
-        mixed = attention(q, k, v, slots, both, scale=c.query_scale**-0.5, window=c.layer_window(self.layer))
+            mixed = attention(q, k, v, slots, scale=scale, window=window)
         mixed = self.o(mixed.transpose(0, 2, 1, 3).reshape(*x.shape[:2], -1))
         x = x + (self.post_attn_norm(mixed) if c.gemma else mixed)
         y = self.mlp_norm(x)

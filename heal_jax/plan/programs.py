@@ -20,10 +20,11 @@ from heal_jax.config import Config, ModelSpec, TrainSpec
 from heal_jax.errors import InputError
 from heal_jax.model.config import DecoderConfig, decoder_config
 from heal_jax.model.decoder import Model, abstract
+from heal_jax.model.kernels import takes_splash
 from heal_jax.model.lm import resolve
 from heal_jax.model.mesh import sharding, using, whole_rows
 from heal_jax.model.weights import shardings
-from heal_jax.plan import flops
+from heal_jax.plan import backend, flops
 from heal_jax.plan.workload import Workload
 from heal_jax.rollout.decode import roll_out, score
 from heal_jax.rollout.generate import Group, batch_arrays
@@ -101,6 +102,10 @@ class Program:
         """Of a TPU's matrix unit, which multiplies bfloat16, through each product."""
         return 6 if self.model.dtype == "float32" else 1
 
+    def fused(self, tokens: int) -> bool:
+        """Whether rows of so many tokens attend to themselves in a kernel."""
+        return backend.has_libtpu() and takes_splash(jnp.dtype(self.model.dtype), tokens)
+
     def memory(self, mesh: Mesh) -> dict[str, float]:
         """Bytes a chip of the weights, the optimizer's state, and other models' weights."""
         resident = sum(per_chip(model.on(mesh).params) for model in self.resident)
@@ -161,7 +166,8 @@ class Score(Program):
 
     def analytic(self) -> tuple[float, float]:
         config, tokens = self.model.config, self.width
-        return self.rows * (flops.blocks(config, tokens, tokens) + tokens * flops.head(config)), 0.0
+        blocks = flops.blocks(config, tokens, tokens, self.fused(tokens))
+        return self.rows * (blocks + tokens * flops.head(config)), 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,7 +194,8 @@ class Train(Program):
             return train_step.lower(*arguments, dtype, pinned, self.spec.remat)
 
     def analytic(self) -> tuple[float, float]:
-        return self.rows * flops.training(self.model.config, self.width, self.spec.remat), 0.0
+        fused = self.fused(self.width)
+        return self.rows * flops.training(self.model.config, self.width, self.spec.remat, fused), 0.0
 
     def memory(self, mesh: Mesh) -> dict[str, float]:
         state = self._state(mesh)
