@@ -105,9 +105,7 @@ def _splash(
     padded = tokens + -tokens % size
 
     def pad(x: Array) -> Array:
-        return jnp.pad(
-            x, [(0, padded - tokens if axis == x.ndim - min(2, x.ndim - 1) else 0) for axis in range(x.ndim)]
-        )
+        return jnp.pad(x, ((0, 0), (0, 0), (0, padded - tokens), (0, 0)))
 
     shape = (padded, padded)
     mask = masks.LocalMask(shape, (window - 1, 0), 0) if window else masks.CausalMask(shape)
