@@ -24,6 +24,7 @@ from heal_jax import evaluate as evaluation
 from heal_jax.config import load
 from heal_jax.errors import InputError, RunError
 from heal_jax.model.config import decoder_config
+from heal_jax.model.kernels import full_attention, scores
 from heal_jax.model.mesh import make_mesh
 from heal_jax.plan import backend, flops, search
 from heal_jax.plan.assumptions import Assumptions
@@ -152,6 +153,21 @@ def test_batched_products_count_real_elements_only():
     assert Compiled(text).cost(0).flops == 2 * 6 * 2 * 16 * 64 * 384
 
 
+@pytest.mark.parametrize("rows, tokens, window", [(1, 1024, 0), (2, 2000, 700)])
+def test_fused_attention_counts_the_blocks_it_computes(rows, tokens, window):
+    """Nine products of [block, block, E], two of them forward, and each block read as often as another meets it."""
+
+    def fn(q, k, v):
+        return jnp.sum(full_attention(q, k, v, scale=0.1, window=window).astype(jnp.float32))
+
+    shapes = (rows, 4, tokens, 64), (rows, 2, 64, tokens), (rows, 2, tokens, 64)
+    text = compiled_text(jax.grad(fn, (0, 1, 2)), *shapes, devices=backend.devices(Topology("v5e:1x1")))
+    cost, pairs = Compiled(text).cost(0), scores(tokens, window) / 512**2
+    assert cost.flops == 9 * 2 * rows * 4 * pairs * 512 * 512 * 64 and not cost.uncounted
+    fetched = 3 * 2 * rows * 4 * pairs * 512 * 64 * 2
+    assert fetched < cost.bytes < fetched + 100 * rows * 4 * tokens * 64 * 2
+
+
 def test_collectives_of_a_loop():
     mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
     split = PartitionSpec("x")
@@ -240,7 +256,7 @@ def test_one_layer_against_the_real_compiler(small):
             assert (program.reads, program.steps) == (64 / 2, 64 * 64 * 8 / 32)
         else:
             if stage == "train":
-                by_hand = 3 * 8 * 256 * (layer + 2 * D * V + 4 * H * E * 256)
+                by_hand = 8 * (3 * 256 * (layer + 2 * D * V) + 4.5 * 4 * H * E * 256**2)
             else:  # of contexts only keys and values are needed
                 by_hand = 4 * 512 * 4 * D * K * E + 8 * 64 * (layer + 2 * D * V + 4 * H * E * (512 + 64))
             assert once.flops * 4 == pytest.approx(by_hand, rel=0.05) and step.flops == 0

@@ -20,6 +20,7 @@ from jax import Array
 from heal_jax.model.attention import Level, attention
 from heal_jax.model.config import DecoderConfig
 from heal_jax.model.experts import Experts
+from heal_jax.model.kernels import full_attention
 from heal_jax.model.layers import in_turn
 from heal_jax.model.mesh import constrain
 from heal_jax.model.rope import rotate
@@ -90,14 +91,6 @@ def _write(slots: Array, new: Array, at: Array, axis: int) -> Array:
         return slots.at[index].set(new, mode="drop")
 
     return jax.vmap(row)(slots, new, at)
-
-
-def _segment_starts(segments: Array) -> Array:
-    """[B, T] int32, equal within a segment, which is one run -> the first slot of each token's segment, [B, T]
-    int32."""
-    at = jnp.arange(segments.shape[1], dtype=jnp.int32)
-    begins = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
-    return jax.lax.cummax(jnp.where(begins, at, 0), axis=1)
 
 
 class RMSNorm(nnx.Module):
@@ -238,28 +231,31 @@ class Block(nnx.Module):
         """
         c, window = self.config, self.config.layer_window(self.layer)
         q, k, v = self.queries_keys_values(self.attn_norm(x), positions)
-        if cached is not None:
-            at = slots[0, 0] if slots.shape[0] == 1 else slots[:, 0]
-            k, v = _write(cached[0], k, at, axis=3), _write(cached[1], v, at, axis=2)
-        rows = x.shape[:2]
+        scale, own = c.query_scale**-0.5, (k, v)
+        if cached is None and not views:
+            mixed = full_attention(q, k, v, segments, scale=scale, window=window)
+        else:
+            if cached is not None:
+                at = slots[0, 0] if slots.shape[0] == 1 else slots[:, 0]
+                own = _write(cached[0], k, at, axis=3), _write(cached[1], v, at, axis=2)
+            rows = x.shape[:2]
 
-        def level(keys: Array, values: Array, first: Array, last: Array, back: Array) -> Level:
-            """`back`: the slot that each query's own token has or would have there, for the sliding window."""
-            first = jnp.maximum(first, back - window + 1) if window else first
-            return Level(keys, values, jnp.broadcast_to(first, rows), jnp.broadcast_to(last, rows))
+            def level(keys: Array, values: Array, first: Array, last: Array, back: Array) -> Level:
+                """`back`: the slot that each query's own token has or would have there, for the sliding window."""
+                first = jnp.maximum(first, back - window + 1) if window else first
+                return Level(keys, values, jnp.broadcast_to(first, rows), jnp.broadcast_to(last, rows))
 
-        levels = []
-        for keys, values, seen in views:
-            back = positions - (seen.start - seen.first)[:, None]
-            levels.append(level(keys, values, seen.first[:, None], seen.last[:, None], back))
-        first = jnp.zeros_like(slots) if segments is None else _segment_starts(segments)
-        levels.append(level(k, v, first, slots + 1, slots))
-        mixed = attention(q, levels, scale=c.query_scale**-0.5)
+            levels = []
+            for keys, values, seen in views:
+                back = positions - (seen.start - seen.first)[:, None]
+                levels.append(level(keys, values, seen.first[:, None], seen.last[:, None], back))
+            levels.append(level(*own, jnp.zeros_like(slots), slots + 1, slots))
+            mixed = attention(q, levels, scale=scale)
         mixed = self.o(mixed.transpose(0, 2, 1, 3).reshape(*x.shape[:2], -1))
         x = x + (self.post_attn_norm(mixed) if c.gemma else mixed)
         y = self.mlp_norm(x)
         y = self.experts(y) if c.has_experts(self.layer) else self.mlp(y)
-        return x + (self.post_mlp_norm(y) if c.gemma else y), (k, v)
+        return x + (self.post_mlp_norm(y) if c.gemma else y), own
 
 
 class Decoder(nnx.Module):

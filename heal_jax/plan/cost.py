@@ -5,6 +5,7 @@ XLA's own `cost_analysis` counts the body of a loop once, whatever its trip coun
 - FLOPs: matrix products alone (`dot`, and `convolution`, which the TPU compiler makes of them), 2 a multiply-add, as
   the compiler left them: what is computed twice (rematerialised, or replicated over chips) counts twice. A product
   with a single row becomes a multiplication and a sum, which is not counted.
+  Splash attention's kernels count the products of the blocks that they do not skip.
 - Bytes: read from and written to HBM by each instruction that the compiler schedules: its operands and results, less
   what it put in on-chip memory (a memory space S(n) in the layout). Slices, gathers and updates in place count what
   they touch. A fusion is one instruction: what happens inside never leaves the chip. Collectives count as if each
@@ -29,6 +30,9 @@ _NO_TRAFFIC = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast",
 _NO_TRAFFIC |= {"replica-id", "opt-barrier", "async-update", "domain"}
 # Custom calls that compute: Pallas kernels, and other compilers' libraries. The TPU compiler's own move data.
 _COMPUTES = re.compile(r"tpu_custom_call$|__|Mosaic")
+# Splash attention: how many products of a block of queries with one of keys each of its kernels makes.
+_SPLASH = re.compile(r"splash_mha_(fwd|dq|dkv)_")
+_SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
 _VIEWS = {"ConcatBitcast", "AllocateBuffer", "AssumeGatherIndicesInBound"}  # of the others, those that touch nothing
 
 
@@ -125,10 +129,14 @@ class Compiled:
             bytes_ = sum(a.size for a in moved if a.in_hbm)
         elif opcode == "custom-call":
             target = re.search(r'custom_call_target="([^"]*)"', instruction.attributes)
-            if target and _COMPUTES.match(target[1]):
-                uncounted[target[1]] += 1
+            operands = self._operands(instruction, computation)
             if target is None or target[1] not in _VIEWS:
-                bytes_ = _plain_bytes(instruction, self._operands(instruction, computation))
+                bytes_ = _plain_bytes(instruction, operands)
+            if known := _SPLASH.match(instruction.name):
+                flops, again = _splash(operands, _SPLASH_PRODUCTS[known[1]])
+                bytes_ += again
+            elif target and _COMPUTES.match(target[1]):
+                uncounted[target[1]] += 1
         else:
             bytes_ = _plain_bytes(instruction, self._operands(instruction, computation))
         return Cost(flops, bytes_, collective.wire, collective.collectives, collective.payload, uncounted)
@@ -279,6 +287,22 @@ def _plain_bytes(instruction: Instruction, operands: list[tuple[Array, ...]]) ->
         update = operands[1 if opcode == "dynamic-update-slice" else 2]
         return sum(a.size for a in update) * (_in_hbm(update) + _in_hbm(instruction.arrays))
     return written + sum(a.size for arrays in operands for a in arrays if a.in_hbm)
+
+
+def _splash(operands: list[tuple[Array, ...]], products: int) -> tuple[float, float]:
+    """FLOPs of a splash attention kernel, and the bytes that it reads again beyond its operands: for each pair of
+    blocks that meet, keys and values (dkv: queries and what comes back from the output).
+
+    The first operand, the grid [1, blocks, most that one meets] (dkv: the other way round), says how many pairs
+    causality and the window leave: the first block meets one, each next one more up to the most. The third: queries.
+    """
+    (grid,), _, (queries,) = operands[:3]
+    most, blocks = sorted(grid.dims[-2:])
+    pairs = most * (most + 1) // 2 + (blocks - most) * most
+    *rows, tokens, width = queries.dims
+    size = tokens // blocks
+    each = math.prod(rows) * pairs * size * width
+    return 2.0 * products * each * size, 2 * queries.width * each
 
 
 def _results(instruction: Instruction, operands: list[tuple[Array, ...]]) -> tuple[Array, ...]:

@@ -90,6 +90,7 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
     computations: dict[str, Computation] = {}
     entry = name = root = ""
     current: dict[str, Instruction] | None = None
+    text = re.sub(r'\{\n("[^\n]*)\n\}', r"{\1}", text)  # a kernel's metadata has lines of its own
     for line in text.splitlines():
         if current is None:
             header = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)

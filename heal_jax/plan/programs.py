@@ -20,10 +20,11 @@ from heal_jax.config import Config, ModelSpec, TrainSpec
 from heal_jax.errors import InputError
 from heal_jax.model.config import DecoderConfig, decoder_config
 from heal_jax.model.decoder import Model, abstract
+from heal_jax.model.kernels import takes_splash
 from heal_jax.model.lm import resolve
 from heal_jax.model.mesh import batch_parts, parts_of, sharding, using
 from heal_jax.model.weights import shardings
-from heal_jax.plan import flops
+from heal_jax.plan import backend, flops
 from heal_jax.plan.workload import Workload
 from heal_jax.rollout.decode import IN_VIEW, roll_out
 from heal_jax.rollout.generate import Group, batch_arrays, dealt, score_batch
@@ -109,6 +110,10 @@ class Program:
         """Of a TPU's matrix unit, which multiplies bfloat16, through each product."""
         return 6 if self.model.dtype == "float32" else 1
 
+    def fused(self, tokens: int) -> bool:
+        """Whether rows of so many tokens attend to themselves in a kernel."""
+        return backend.has_libtpu() and takes_splash(jnp.dtype(self.model.dtype), tokens)
+
     def memory(self, mesh: Mesh) -> dict[str, float]:
         """Bytes a chip of the weights, the optimizer's state, and other models' weights."""
         resident = sum(per_chip(model.on(mesh).params) for model in self.resident)
@@ -161,7 +166,7 @@ class RollOut(Program):
 
     def analytic(self) -> tuple[float, float, float]:
         b, config = self.over, self.model.config
-        context = flops.blocks(config, b.context_length, b.context_length)
+        context = flops.blocks(config, b.context_length, b.context_length, self.fused(b.context_length))
         step = b.rows * (flops.blocks(config, 1, sum(self.slots)) + flops.head(config))
         return (b.contexts * context, step, 0.0) if b.at_once else (0.0, step, b.contexts / self.reads * context)
 
@@ -188,7 +193,7 @@ class Score(Program):
 
     def analytic(self) -> tuple[float, float, float]:
         b, config = self.batch, self.model.config
-        contexts = b.contexts * flops.keys_and_values(config, b.context_length)
+        contexts = b.contexts * flops.keys_and_values(config, b.context_length, self.fused(b.context_length))
         row = flops.blocks(config, b.length, b.context_length + b.length) + b.length * flops.head(config)
         return contexts + b.rows * row, 0.0, 0.0
 
@@ -217,7 +222,8 @@ class Train(Program):
             return train_step.lower(*arguments, dtype, pinned, self.spec.remat)
 
     def analytic(self) -> tuple[float, float, float]:
-        return self.rows * flops.training(self.model.config, self.width, self.spec.remat), 0.0, 0.0
+        fused = self.fused(self.width)
+        return self.rows * flops.training(self.model.config, self.width, self.spec.remat, fused), 0.0, 0.0
 
     def memory(self, mesh: Mesh) -> dict[str, float]:
         state = self._state(mesh)
