@@ -91,6 +91,47 @@ class RMSNorm(nnx.Module):
         return self.weight[...] * wide.astype(x.dtype)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def product(x: Array, kernel: Array, dtype: jnp.dtype | None = None) -> Array:
+    """x [..., in] times kernel [in, out] -> [..., out], in `dtype` if given; float32 stays float32 both ways.
+
+    Its gradient is spelt out for the CPU compiler's sake, which else writes the transposed operand of the gradient of
+    the kernel in the loop that makes it: strided, and slower than the product itself.
+    """
+    return jnp.matmul(x, kernel, precision=_precision(kernel), preferred_element_type=dtype)
+
+
+def _precision(kernel: Array) -> jax.lax.Precision | None:
+    """float32 means float32: left to themselves GPUs multiply such matrices in TF32 and TPUs in bfloat16."""
+    return jax.lax.Precision.HIGHEST if kernel.dtype == jnp.float32 else None
+
+
+def _product_forward(x: Array, kernel: Array, dtype: jnp.dtype | None) -> tuple[Array, tuple[Array, Array]]:
+    return product(x, kernel, dtype), (x, kernel)
+
+
+def _product_backward(dtype: jnp.dtype | None, saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    x, kernel = saved
+    times = functools.partial(jax.lax.dot_general, precision=_precision(kernel), preferred_element_type=dtype)
+    lead = tuple(range(x.ndim - 1))
+
+    def plain(x: Array, dy: Array) -> Array:
+        return times(x, dy, ((lead, lead), ((), ())))
+
+    def apart(x: Array, dy: Array) -> Array:
+        x, dy = jax.lax.optimization_barrier((x, dy))  # the transposition becomes a pass of its own
+        if dy.shape[-1] < x.shape[-1]:  # of the narrower operand
+            return times(dy, x, ((lead, lead), ((), ()))).T
+        return times(x, dy, ((lead, lead), ((), ())))
+
+    of_x = times(dy, kernel, (((dy.ndim - 1,), (1,)), ((), ())))
+    of_kernel = jax.lax.platform_dependent(x, dy, cpu=apart, default=plain)
+    return of_x.astype(x.dtype), of_kernel.astype(kernel.dtype)
+
+
+product.defvjp(_product_forward, _product_backward)
+
+
 class Linear(nnx.Module):
     def __init__(
         self, size_in: int, size_out: int, dtype: jnp.dtype, rngs: nnx.Rngs, std: float, *, bias: bool = False
@@ -102,7 +143,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """x [..., in] -> [..., out]."""
-        y = x @ self.kernel[...]
+        y = product(x, self.kernel[...])
         return y + self.bias[...] if self.has_bias else y
 
 
@@ -250,7 +291,7 @@ class Decoder(nnx.Module):
         """hidden [..., D] -> [..., V] float32."""
         kernel = self.embed[...].T if self.config.tie_embeddings else self.head.kernel[...]
         with self._precision():
-            return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+            return product(hidden, kernel, jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)
