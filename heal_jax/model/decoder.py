@@ -211,7 +211,9 @@ class Block(nnx.Module):
             levels.append(level(keys, values, seen.first[:, None], seen.last[:, None], back))
         first = jnp.zeros_like(slots) if segments is None else _segment_starts(segments)
         levels.append(level(k, v, first, slots + 1, slots))
-        mixed = attention(q, levels, scale=c.query_scale**-0.5)
+        # As the caches are split: the compiler may else gather them, to have the rows of `x`.
+        split = "context", "heads", None, None
+        mixed = constrain(attention(constrain(q, *split), levels, scale=c.query_scale**-0.5), *split)
         mixed = self.o(mixed.transpose(0, 2, 1, 3).reshape(*x.shape[:2], -1))
         x = x + (self.post_attn_norm(mixed) if c.gemma else mixed)
         y = self.mlp_norm(x)
