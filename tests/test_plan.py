@@ -533,7 +533,7 @@ def test_without_libtpu(without_libtpu):
     assert "\x1b" not in said
     for columns in (
         "fits needs weights optimizer other cache temporary",
-        "TFLOP HBM GB link GB time roof",
+        "TFLOP HBM GB x least link GB time roof",
         "chip-hours cost",
     ):
         assert any(columns in " ".join(line.split()) for line in said.splitlines()), columns

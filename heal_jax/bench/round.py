@@ -78,13 +78,10 @@ class Work:
         self.most = bucket(self.config.sample.max_new_tokens)
         unsolved = sum(p.level == "hard" for p in self.problems)
         self.spec = RoundSpec((), self.most, self.config.gear, self.config.pure, unsolved)
-        self.device = jax.device_put(self.arrays)
+        self.device: Problems = jax.device_put(self.arrays)
         # No rollout holds an answer of one token that there is not: nothing is solved, nothing scored.
-        wrong = {
-            "answer": np.full_like(self.arrays.answer, -2),
-            "answer_length": np.ones_like(self.arrays.answer_length),
-        }
-        self.unanswered = jax.device_put(self.arrays._replace(**wrong))
+        wrong = jnp.full_like(self.device.answer, -2), jnp.ones_like(self.device.answer_length)
+        self.unanswered = self.device._replace(answer=wrong[0], answer_length=wrong[1])
         self.tokens = 0
 
     def _round(self, problems: Problems) -> Any:

@@ -250,7 +250,9 @@ class Block(nnx.Module):
                 back = positions - (seen.start - seen.first)[:, None]
                 levels.append(level(keys, values, seen.first[:, None], seen.last[:, None], back))
             levels.append(level(*own, jnp.zeros_like(slots), slots + 1, slots))
-            mixed = attention(q, levels, scale=scale)
+            # As the caches are split: the compiler may else gather them, to have the rows of `x`.
+            split = "context", "heads", None, None
+            mixed = constrain(attention(constrain(q, *split), levels, scale=scale), *split)
         mixed = self.o(mixed.transpose(0, 2, 1, 3).reshape(*x.shape[:2], -1))
         x = x + (self.post_attn_norm(mixed) if c.gemma else mixed)
         y = self.mlp_norm(x)

@@ -24,7 +24,7 @@ class Assumptions:
     kept_tokens: Annotated[int | None, Range(ge=0)] = None
     """Tokens of the longest kept prefix: always assumed (gear.window of sample.max_new_tokens)."""
     decode_steps: Annotated[int | None, Range(ge=1)] = None
-    """Steps of a batch's decode loop, which ends with its longest rollout (sample.max_new_tokens)."""
+    """Decode steps that a rollout takes its row (sample.max_new_tokens)."""
     hard: Annotated[float, Range(ge=0.0, le=1.0)] = 0.5
     """Share of the problems that get hindsight."""
     unsolved: Annotated[float, Range(ge=0.0, le=1.0)] = 0.25

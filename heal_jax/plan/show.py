@@ -79,11 +79,14 @@ def _parts(e: Estimate) -> list[tuple[str, Cost]]:
 
 
 def _work(plan: Slice) -> Table:
-    table = _table("Work of a chip", "program", "part", "TFLOP", "HBM GB", "link GB", "time", "roof", left=2)
+    columns = ("program", "part", "TFLOP", "HBM GB", "x least", "link GB", "time", "roof")
+    table = _table("Work of a chip (least: weights and cache, read once)", *columns, left=2)
     for e in plan.estimates:
         for i, (part, cost) in enumerate(_parts(e)):
             limit = e.roof(cost)
-            figures = (_digits(cost.flops / 1e12), _digits(cost.bytes / GB), _digits(cost.wire / GB))
+            excess = e.step_excess if part == "step" else None
+            moved = _digits(cost.bytes / GB), "-" if excess is None else f"{excess:.2f}"
+            figures = (_digits(cost.flops / 1e12), *moved, _digits(cost.wire / GB))
             table.add_row("" if i else e.program.name, part, *figures, _time(limit.seconds), limit.name)
     return table
 

@@ -17,7 +17,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 @dataclasses.dataclass(frozen=True)
 class Workload:
     """Tokens of the longest prompt, prompt with the answer shown, hint, kept prefix and held-out prompt (as teacher and
-    student have it); problems; decode steps of a batch; shares of hard and unsolved problems; what was assumed.
+    student have it); problems; decode steps of a rollout; shares of hard and unsolved problems; what was assumed.
     """
 
     prompt: int
@@ -68,7 +68,7 @@ def workload(config: Config, folders: dict[str, Path], assumptions: Assumptions)
     kept = choose(a.kept_tokens, None, math.ceil(config.gear.window * most), "kept prefix of at most")
     problems = choose(a.problems, len(train) if train else None, 1000, "problems")
     held_out = choose(a.held_out, len(test) if test else None, 500, "held-out problems")
-    steps = choose(a.decode_steps, None, most, "decode steps a batch")
+    steps = choose(a.decode_steps, None, most, "decode steps a rollout")
     assumed += [f"hard {a.hard:.0%} of the problems", f"unsolved {a.unsolved:.0%}"]
     lengths = prompt, shown, hint, kept, held_out_prompts
     return Workload(*lengths, problems, held_out, steps, a.hard, a.unsolved, tuple(assumed))
