@@ -23,7 +23,7 @@ from heal_jax.model.weights import shardings
 from heal_jax.plan import backend
 from heal_jax.plan.cost import Compiled
 from heal_jax.plan.topology import Topology
-from heal_jax.rollout.decode import score
+from heal_jax.rollout.score import score
 from heal_jax.train.step import train_step
 from heal_jax.world import model_folder
 
@@ -156,8 +156,9 @@ def test_tpu_programs_contain_it():
         put = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places)
         return graph, put
 
-    def batch(dtype):
-        return jax.ShapeDtypeStruct((4, 150), dtype, sharding=sharding(mesh, ("batch", None), (4, 150)))
+    def batch(dtype, *dims):
+        dims = dims or (4, 150)
+        return jax.ShapeDtypeStruct(dims, dtype, sharding=sharding(mesh, ("batch", None)[: len(dims)], dims))
 
     def kernels_of(lowered):
         text = lowered.compile().as_text()
@@ -166,7 +167,8 @@ def test_tpu_programs_contain_it():
 
     with using(mesh):
         graph, params = model("bfloat16")
-        scored = score.lower(graph, params, batch(jnp.int32))
+        texts = batch(jnp.int32), batch(jnp.int32, 4), batch(jnp.int32, 4), batch(jnp.int32, 4, 32)
+        scored = score.lower(graph, params, *texts)
         graph, params = model("float32")
         transform = optax.sgd(0.1)
         state = jax.eval_shape(transform.init, params)
@@ -174,6 +176,7 @@ def test_tpu_programs_contain_it():
         updated = train_step.lower(
             graph, transform, params, state, batch(jnp.int32), batch(jnp.bool_), half, remat=True
         )
-        plain = score.lower(graph, params, batch(jnp.int32))  # in float32
-    assert kernels_of(scored) == {"fwd": 2} and not kernels_of(plain)
+        plain = score.lower(graph, params, *texts)  # in float32
+    # Contexts are read in it, of whose last layer keys and values are enough.
+    assert kernels_of(scored) == {"fwd": 1} and not kernels_of(plain)
     assert kernels_of(updated) == {"fwd": 4, "dq": 2, "dkv": 2}
