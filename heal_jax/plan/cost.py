@@ -212,11 +212,15 @@ class Compiled:
             yield from (i for i in computation.instructions.values() if i.opcode == "while")
 
     @property
-    def cache(self) -> float:
-        """Bytes of the decode loop's caches in a chip's HBM (small ones lie in on-chip memory): what it carries of
-        [B, K, E, S] and [B, K, S, E], the rows' own and those they share."""
+    def caches(self) -> list[Array]:
+        """What the decode loop carries of [B, K, E, S] and [B, K, S, E]: the rows' own caches and those they share."""
         carried = (a for loop in self._whiles() if _loop_name(loop) == STEPS for a in loop.arrays)
-        return sum(a.size for a in carried if a.in_hbm and len(a.dims) == 4 and set(self.slots) & set(a.dims[2:]))
+        return [a for a in carried if len(a.dims) == 4 and set(self.slots) & set(a.dims[2:])]
+
+    @property
+    def cache(self) -> float:
+        """Bytes of the caches in a chip's HBM (small ones lie in on-chip memory)."""
+        return sum(a.size for a in self.caches if a.in_hbm)
 
 
 def _loop_name(loop: Instruction) -> str:

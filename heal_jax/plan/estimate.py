@@ -155,8 +155,8 @@ def read(program: Program, compiled: Any, mesh: Mesh, usable: float, topology: T
     parts, cache, used = program.memory(mesh), parsed.cache, compiled.memory_analysis()
     wanted = {STEPS} if program.steps else set[str]()
     wanted |= {READS, TURNS} if program.reads else set()
-    if parsed.loops != wanted or (program.steps and not cache):
-        raise ValueError(f"loops {', '.join(sorted(parsed.loops)) or '(none)'} with caches of {cache:.0f} bytes")
+    if parsed.loops != wanted or (program.steps and not parsed.caches):
+        raise ValueError(f"loops {', '.join(sorted(parsed.loops)) or '(none)'} that carry {len(parsed.caches)} caches")
     # Not peak_memory_in_bytes, which counts on-chip memory in.
     held = used.argument_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes
     held += used.temp_size_in_bytes + used.generated_code_size_in_bytes

@@ -168,7 +168,12 @@ class RollOut(Program):
         b, config = self.over, self.model.config
         context = flops.blocks(config, b.context_length, b.context_length, self.fused(b.context_length))
         step = b.rows * (flops.blocks(config, 1, sum(self.slots)) + flops.head(config))
-        return (b.contexts * context, step, 0.0) if b.at_once else (0.0, step, b.contexts / self.reads * context)
+        return (b.contexts * context, step, 0.0) if b.at_once else (0.0, step, _split(b, self.parts) * context)
+
+
+def _split(over: Shape, parts: int) -> int:
+    """Into how many parts the contexts of a batch are split."""
+    return parts_of(parts, over.contexts, over.groups)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,21 +295,25 @@ def _same(a: Program, b: Program) -> bool:
 
 
 def _all(config: Config, work: Workload, mesh: Mesh, teacher: Weights, student: Weights) -> Iterator[Program]:
+    def filled(shape: Shape, units: float) -> int:
+        """Contexts of a call: those of a shape for all problems may be more than there turn out to be."""
+        return math.ceil(units / math.ceil(units / shape.contexts)) if units else 0
+
     def rolled(stage: str, model: Weights, shape: Shape, units: float, *resident: Weights, calls: int = 1) -> RollOut:
         batches, parts = calls * math.ceil(units / shape.contexts), batch_parts(mesh)
-        over = dealt(shape, parts)[0]
-        steps = work.decode_steps * math.ceil(over.contexts * over.repeats / over.rows)
-        reads = 0 if over.at_once else over.contexts // parts_of(parts, over.contexts, over.groups)
+        over, there = dealt(shape, parts)[0], filled(shape, units)
+        steps = work.decode_steps * (1 if over.at_once else math.ceil(there * over.repeats / over.rows))
+        reads = 0 if over.at_once else math.ceil(there / _split(over, parts))
         spec = config.sample
         if stage.startswith("evaluate"):
             spec = dataclasses.replace(spec, temperature=config.evaluate.temperature)
         loops = batches, steps, reads
         return RollOut((stage,), model, resident, *loops, batch=shape, drawn=rules(spec), parts=parts)
 
-    def scored(made: RollOut, context: int) -> Score:
+    def scored(made: RollOut, units: float, context: int) -> Score:
         """Every rollout of a stage, call by call: at most so many, since only the correct are scored."""
         batch = score_batch(score_shape(config, context), batch_parts(mesh))
-        calls = made.calls * math.ceil(made.batch.contexts * made.batch.repeats / batch.rows)
+        calls = made.calls * math.ceil(filled(made.batch, units) * made.batch.repeats / batch.rows)
         return Score((f"score {made.name}",), teacher, (), calls, batch=batch)
 
     hard, paths = work.problems * work.hard, work.problems * work.unsolved * config.gear.paths
@@ -312,10 +321,10 @@ def _all(config: Config, work: Workload, mesh: Mesh, teacher: Weights, student: 
     yield rolled("sample", teacher, sample_shape(config, n, work.prompt), n)
     hindsight = rolled("hindsight", teacher, hindsight_shape(config, n, work.shown), hard)
     yield hindsight
-    yield scored(hindsight, work.prompt)
+    yield scored(hindsight, hard, work.prompt)
     repair = rolled("repair", teacher, repair_shape(config, n, longest + work.hint), paths)
     yield repair
-    yield scored(repair, longest)
+    yield scored(repair, paths, longest)
     width = bucket(config.train.max_tokens)
     updates = 2 * config.train.steps  # HEAL and the baseline
     yield Train(("train",), student, (student,), updates, rows=config.train.batch, width=width, spec=config.train)
