@@ -4,6 +4,7 @@ Parameters stay one array a layer: a loop's are stacked inside the compiled func
 rope and experts are; families repeat patterns of them (Gemma: five local layers and a global one).
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -26,16 +27,13 @@ Apply = Callable[[Any, Array], Array]  # a block, x [B, T, D] -> x [B, T, D]
 
 def in_turn(apply: Apply, blocks: Sequence[Any], config: DecoderConfig, x: Array, remat: bool) -> Array:
     """x [B, T, D] through all blocks; with `remat` the backward pass computes each again from its input."""
+    apply = nnx.remat(apply) if remat else apply
     for start, period, times in stretches(config):
         stretch = blocks[start : start + period * times]
-        scanned = times > 1 and platform() not in UNROLLED
-        # In a loop the compiler cannot take what was computed before for what is computed again.
-        step: Apply = nnx.remat(apply, prevent_cse=not scanned) if remat else apply
-        if scanned:
-            x = _scan(step, stretch, period, x)
-            continue
-        for block in stretch:
-            x = step(block, x)
+        if times > 1 and platform() not in UNROLLED:
+            x = _scan(apply, stretch, period, x)
+        else:
+            x = functools.reduce(lambda x, block: apply(block, x), stretch, x)
     return x
 
 
