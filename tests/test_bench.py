@@ -1,6 +1,7 @@
 """`heal bench`: the arithmetic of its figures, the turns, and a whole quick run."""
 
 import json
+import re
 import sys
 
 import jax.numpy as jnp
@@ -86,9 +87,9 @@ def test_the_limit_counts_what_a_decoder_needs(teacher):
 
 def test_our_side_makes_every_token(teacher):
     prompts = np.full((3, 4), 20, np.int32)
-    decode = ours.decode(teacher, prompts, 6)
-    first, again, other = decode(0), decode(0), decode(1)
-    assert first.shape == (3, 6)
+    sample, each = ours.sampling(teacher, prompts, 2, 6), ours.reading_each(teacher, prompts, 2, 6)
+    first, again, other = (sample(seed).tokens for seed in (0, 0, 1))
+    assert first.shape == each(0).tokens.shape == (6, 6)
     assert jnp.array_equal(first, again) and not jnp.array_equal(first, other)
 
 
@@ -127,13 +128,19 @@ def test_a_quick_run(tmp_path):
     assert set(result) == {"machine", "model", "quick", "repeats", "seconds", "figures", "notes"}
     assert {"processor", "device", "threads", "versions", "bytes_per_second"} <= set(result["machine"])
     assert {"jax", "jaxlib", "torch", "transformers"} <= set(result["machine"]["versions"])
-    against = [figure["against"] for figure in result["figures"]]
-    assert against == ["transformers", "matrix products alone", "PyTorch eager", "matrix products alone"]
+    against = {figure["against"] for figure in result["figures"]}
+    assert {"transformers", "PyTorch eager", "matrix products alone", "whole texts from nothing"} <= against
+    assert {"stages, nothing shared", "reading each prefix", "with a copy of its cache each"} <= against
     for figure in result["figures"]:
-        assert len(figure["ours"]) == len(figure["theirs"]) == len(figure["limit"]) == result["repeats"]
         assert min(figure["ours"] + figure["theirs"] + figure["limit"]) > 0
-        assert figure["limit_flops_per_second"] > 0
-    assert len(result["notes"]) == 1 and result["notes"][0].startswith("tunix: not installed: pip install")
+        if figure["quantity"] == "seconds":
+            assert len(figure["ours"]) == len(figure["theirs"]) == result["repeats"]
+        if figure["limit"]:
+            assert len(figure["limit"]) == result["repeats"] and figure["limit_flops_per_second"] > 0
+    notes = " ".join(result["notes"])
+    assert "tunix: not installed: pip install google-tunix" in notes and "PURE's share" in notes
+    assert "differ in what they decoded" not in notes  # fused or not, shared or not: the same rollouts
+    assert float(re.search(r"the two ways: (\S+)", notes)[1]) < 1e-4
     assert "google-tunix" in stdout
 
 
