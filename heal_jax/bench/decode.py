@@ -1,6 +1,8 @@
 """Decoding: tokens a second beside transformers and Tunix, and beside the matrix products alone."""
 
 import itertools
+from collections.abc import Callable
+from typing import Any
 
 from heal_jax.bench import ours
 from heal_jax.bench.context import Bench
@@ -13,7 +15,8 @@ TRANSFORMERS: dict[str, dict[str, str | bool]] = {
     "transformers, static cache": {"cache": "static"},
     "transformers, compiled": {"cache": "static", "compiled": True},
 }
-REACH = {"transformers": 2.2, "Tunix sampler": 1.5}
+ALONE = "without entropies and log-probabilities"
+REACH = {"transformers": 2.2, "Tunix sampler": 1.5, ALONE: 0.97}
 
 
 def figures(bench: Bench) -> list[Figure]:
@@ -22,8 +25,8 @@ def figures(bench: Bench) -> list[Figure]:
     return [*_beside_others(bench, small, prompt, new), _beside_limit(bench, large, prompt, few)]
 
 
-def _ours(bench: Bench, rows: int, prompt: int, new: int) -> Side:
-    decode, seeds = ours.sampling(bench.lm, bench.tokens(rows, prompt), 1, new), itertools.count()
+def _ours(bench: Bench, rows: int, prompt: int, new: int, way: Callable[..., Callable[[int], Any]]) -> Side:
+    decode, seeds = way(bench.lm, bench.tokens(rows, prompt), 1, new), itertools.count()
     return timed(lambda: decode(next(seeds)))
 
 
@@ -43,7 +46,14 @@ def _beside_others(bench: Bench, rows: int, prompt: int, new: int) -> list[Figur
     others = {name: bench.asking("torch", "decode", **request, **how) for name, how in ways.items()}
     others["Tunix sampler"] = bench.asking("tunix", "decode", **request)
     bench.say(f"decode: {rows} rows")
-    took = bench.turns({"ours": _ours(bench, rows, prompt, new), "limit": _limit(bench, rows, prompt, new), **others})
+    took = bench.turns(
+        {
+            "ours": _ours(bench, rows, prompt, new, ours.sampling),
+            "limit": _limit(bench, rows, prompt, new),
+            ALONE: _ours(bench, rows, prompt, new, ours.sampling_alone),
+            **others,
+        }
+    )
     flops = _flops(bench, rows, prompt, new)
     return [
         Figure(
@@ -57,13 +67,15 @@ def _beside_others(bench: Bench, rows: int, prompt: int, new: int) -> list[Figur
             flops=flops,
         )
         for name, seconds in took.items()
-        if name in others
+        if name in others or name == ALONE
     ]
 
 
 def _beside_limit(bench: Bench, rows: int, prompt: int, new: int) -> Figure:
     bench.say(f"decode: {rows} rows")
-    took = bench.turns({"ours": _ours(bench, rows, prompt, new), "limit": _limit(bench, rows, prompt, new)})
+    took = bench.turns(
+        {"ours": _ours(bench, rows, prompt, new, ours.sampling), "limit": _limit(bench, rows, prompt, new)}
+    )
     name = f"decode, {rows} rows of {prompt} + {new} tokens"
     flops = _flops(bench, rows, prompt, new)
     return Figure(
