@@ -437,7 +437,8 @@ def test_search_finds_what_brute_force_finds(small, seed):
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(backend, "let_go", lambda: None)  # nothing is compiled
-            best = search.search(small, topology, Assumptions(), 0.0, lambda line: None, measure, whole)
+            patch.setattr(search, "estimate", whole)
+            best = search.search(small, topology, Assumptions(), 0.0, lambda line: None, measure)
         assert best.fits and best.chip_hours == pytest.approx(min(costs.values()))
         assert costs[tuple(best.mesh.values()), best.batch] == pytest.approx(best.chip_hours)
     except InputError:
