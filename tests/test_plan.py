@@ -558,12 +558,13 @@ def test_the_whole_run_adds_up(without_libtpu):
         total += seconds * program["calls"] * 4 / 3600
     assert plan["chip_hours"] == pytest.approx(total) and plan["cost"] == pytest.approx(total * 1e9)
     calls = {stage: program["calls"] for program in plan["programs"] for stage in program["stages"]}
-    # 100 problems in shards of up to 16 batches: two of 50; half hard; a quarter unsolved, 2 paths each.
-    assert (calls["sample"], calls["hindsight"], calls["repair"]) == (2, 1, 1)
-    assert calls["score hindsight"] == calls["score repair"] == 5 and calls["train"] == 24  # 200 of 48; two students
-    # 50 contexts over four devices, their 8 or 4 rollouts on 32 rows.
+    # 100 problems in shards of up to two batches, of 4 x 8 or 8 x 4 rollouts: 13 of 8; 7 of 15, of which half the problems
+    # are hard; 13 of 16 for 200 paths, of which a quarter are unsolved problems'.
+    assert (calls["sample"], calls["hindsight"], calls["repair"]) == (13, 4, 4)
+    assert calls["score hindsight"] == calls["score repair"] and calls["train"] == 24  # two students
+    # 8 or 16 contexts over four devices, their 64 rollouts on 32 rows.
     loops = {stage: (p["reads"], p["steps"]) for p in plan["programs"] for stage in p["stages"]}
-    assert loops["sample"] == (13, 13 * 128) and loops["hindsight"] == loops["repair"] == (13, 7 * 128)
+    assert loops["sample"] == (2, 2 * 128) and loops["hindsight"] == loops["repair"] == (4, 2 * 128)
 
 
 @pytest.mark.parametrize("chips", [32, 128])
