@@ -19,9 +19,8 @@ import jax
 from heal_jax.errors import InputError
 from heal_jax.run import processor
 
-MAX_BYTES = (
-    1 << 30
-)  # a run of the built-in models leaves 1 MB, one of large models up to some hundred; then the oldest go
+# A run of the built-in models leaves 1 MB, one of large models up to some hundred; then the oldest go.
+MAX_BYTES = 1 << 30
 MIN_SECONDS = 0.2  # programs that compile faster are read hardly sooner
 
 

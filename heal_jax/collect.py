@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from heal_jax import gear, processes
+from heal_jax.config import GearSpec
 from heal_jax.pace import stratum
-from heal_jax.problems.answers import answer_span
+from heal_jax.problems.answers import answer_tokens
 from heal_jax.problems.sources import Problem
 from heal_jax.pure import purity, scored_steps
 from heal_jax.rollout.generate import (
@@ -143,30 +144,47 @@ def failed_paths(run: Run) -> list[Path]:
         return []
     width = bucket(run.config.sample.max_new_tokens)
     index, starts, count = thinking_steps(run.teacher, [row["tokens"] for row in rows], width, run.config.grade)
-    entropy = np.zeros((len(rows), width), np.float32)
-    for i, row in enumerate(rows):
-        entropy[i, : len(row["entropy"])] = row["entropy"]
-    steps = bucket(int(count.max(initial=1)))
     problems = [run.by_id[row["problem_id"]] for row in rows]
-    wrong = [0] * len(rows)
+    wrong = None
     if spec.breakpoint == "oracle":
         wrong = [first_wrong_step(p.question, row["text"]) or 0 for p, row in zip(problems, rows)]
-    breakpoint = gear.breakpoints(
-        gear.step_entropy(entropy, index, steps),
-        count,
-        gear.last_candidate(steps, spec.window)[count],
-        np.stack([key_of(row["rollout_id"] + "/breakpoint") for row in rows]),
-        np.asarray(wrong, np.int32),
-        kind=spec.breakpoint,
-        surge_kind=spec.surge,
-    )
-    kept = gear.kept_tokens(starts, breakpoint, backup=spec.backup)
+    ids, entropies = [row["rollout_id"] for row in rows], [row["entropy"] for row in rows]
+    breakpoint, kept = cut(spec, ids, entropies, index, starts, count, wrong)
     return [
         Path(
             p, row, int(k), tuple(row["tokens"][:n]) or opening(run.teacher.tokenizer, row["tokens"], run.config.grade)
         )
-        for p, row, k, n in zip(problems, rows, np.asarray(breakpoint), np.asarray(kept))
+        for p, row, k, n in zip(problems, rows, breakpoint, kept)
     ]
+
+
+def cut(
+    spec: GearSpec,
+    ids: Sequence[str],
+    entropies: Sequence[Any],
+    index: np.ndarray,
+    starts: np.ndarray,
+    count: np.ndarray,
+    wrong: Sequence[int] | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """k* (gear.NONE where there is none) and kept tokens, [N] int32 each, of rollouts with these ids and entropies.
+
+    index, starts [N, T], count [N]: their steps, from `split_steps`; wrong: the first wrong steps, for kind oracle.
+    """
+    entropy = np.zeros(index.shape, np.float32)
+    for i, values in enumerate(entropies):
+        entropy[i, : len(values)] = values
+    steps = bucket(int(count.max(initial=1)))
+    breakpoint = gear.breakpoints(
+        gear.step_entropy(entropy, index, steps),
+        count,
+        gear.last_candidate(steps, spec.window)[count],
+        np.stack([key_of(name + "/breakpoint") for name in ids]),
+        np.asarray([0] * len(ids) if wrong is None else wrong, np.int32),
+        kind=spec.breakpoint,
+        surge_kind=spec.surge,
+    )
+    return np.asarray(breakpoint), np.asarray(gear.kept_tokens(starts, breakpoint, backup=spec.backup))
 
 
 def longest_prompt(run: Run) -> int:
@@ -258,15 +276,11 @@ def records(run: Run, made: Sequence[Made], longest: int, owner: int = 0) -> lis
     return rows
 
 
-def answer_tokens(run: Run, m: Made) -> tuple[int, int] | None:
+def tokens_of_answer(run: Run, m: Made) -> tuple[int, int] | None:
     """First and last + 1 index, among all tokens of a rollout, of those that overlap its answer."""
-    grade = run.config.grade
-    spans = run.teacher.tokenizer.spans(list(m.decoded.tokens))
-    found = answer_span("".join(text for text, _ in spans), grade.answer_open, grade.answer_close, grade.think_end)
-    if found is None:
-        return None
-    hit = [i for i, (text, start) in enumerate(spans) if start < found[1] and start + len(text) > found[0]]
-    return (len(m.kept) + hit[0], len(m.kept) + hit[-1] + 1) if hit else None
+    grade, spans = run.config.grade, run.teacher.tokenizer.spans(list(m.decoded.tokens))
+    found = answer_tokens(spans, grade.answer_open, grade.answer_close, grade.think_end)
+    return None if found is None else (len(m.kept) + found[0], len(m.kept) + found[1])
 
 
 def _pure(
@@ -293,7 +307,7 @@ def _pure(
             logprob[i, kept[i] : n], entropy[i, kept[i] : n] = rescored[i]
         else:
             logprob[i, :n], entropy[i, :n] = m.decoded.logprob, m.decoded.entropy
-        answer[i] = answer_tokens(run, m) or (0, 0)
+        answer[i] = tokens_of_answer(run, m) or (0, 0)
     padded = np.pad(index, ((0, rows - len(made)), (0, 0)), constant_values=-1)
     steps = np.asarray(scored_steps(padded, answer, kept, length))
     most = bucket(int(steps.max(initial=0)) + 1)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # libtpu, there for heal plan, complains where there is no TPU
 # As a user has it, for tests that start the command: one device.
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "NPROC")}
 COMMAND = [sys.executable, "-c", "from heal_jax.cli import main; main()"]
@@ -12,7 +13,6 @@ TINY = Path(__file__).parents[1] / "configs" / "tiny.yaml"
 
 os.environ.setdefault("NPROC", "16")
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest  # noqa: E402 (the environment comes first)

@@ -40,8 +40,8 @@ class Bench:
         """The other tool's process, started when first asked for; None, and a note, where it cannot be."""
         if tool not in self._peers:
             try:
-                self._peers[tool] = Peer(tool, self._python(tool), self.lm.folder)
-                self.versions |= self._peers[tool].versions  # type: ignore[union-attr]
+                peer = Peer(tool, self._python(tool), self.lm.folder)
+                self._peers[tool], self.versions = peer, self.versions | peer.versions
             except Absent as absent:
                 self._peers[tool] = None
                 self.note(str(absent))

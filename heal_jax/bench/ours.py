@@ -13,6 +13,7 @@ from heal_jax.config import TrainSpec
 from heal_jax.model.decoder import Cache, view
 from heal_jax.model.lm import LanguageModel
 from heal_jax.rollout.decode import Rollouts, decode, last_hidden, roll_out
+from heal_jax.rollout.draw import typed
 from heal_jax.rollout.score import score, teacher_forced
 from heal_jax.train.loop import optimizer
 from heal_jax.train.step import train_step
@@ -89,10 +90,9 @@ def _read(graph: nnx.GraphDef, params: nnx.State, tokens: Array) -> tuple[Array,
 def _decoded(graph: nnx.GraphDef, params: nnx.State, hidden: Array, cache: Cache, keys: Array, *, new: int) -> Rollouts:
     """keys [B, 2] uint32; hidden [1, D], cache of one row or of B -> B rollouts."""
     rows, model = keys.shape[0], nnx.merge(graph, params)
-    typed = jax.random.wrap_key_data(keys, impl="threefry2x32")
     seen = view(cache).repeat(rows // cache.length.shape[0])
     first, budget = jnp.repeat(hidden, rows, axis=0), jnp.full(rows, new, jnp.int32)
-    return decode(model, first, (seen,), typed, budget, jnp.asarray(NO_EOS), (), new)[0]
+    return decode(model, first, (seen,), typed(keys), budget, jnp.asarray(NO_EOS), (), new)[0]
 
 
 def scoring(lm: LanguageModel, contexts: np.ndarray, texts: np.ndarray, each: int) -> Callable[[], tuple[Array, Array]]:

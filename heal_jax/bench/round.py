@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from heal_jax import gear
 from heal_jax.bench import ours
 from heal_jax.bench.context import Bench
 from heal_jax.bench.figure import Figure
 from heal_jax.bench.timing import median, timed
+from heal_jax.collect import cut
 from heal_jax.config import Config, GearSpec, ModelSpec, ProblemSpec, SampleSpec
 from heal_jax.model.lm import LanguageModel, open_model
 from heal_jax.problems.sources import Problem, load
@@ -114,9 +114,9 @@ class Work:
         prompts = [tuple(map(int, row[:n])) for row, n in zip(a.prompt, a.prompt_length)]
         hints = [tuple(map(int, row[:n])) for row, n in zip(a.hint, a.hint_length)]
         names = [tuple(f"{p.id}/base/{i}/s0" for i in range(config.sample.n)) for p in self.problems]
-        base = sampled([Group(*pair, self.most) for pair in zip(prompts, names)])
+        base = sampled([Group(*pair, self.most) for pair in zip(prompts, names)], len(self.problems))
         groups, kept = self._paths(base, prompts, hints)
-        repairs = sampled(groups)
+        repairs = sampled(groups, self.spec.slots * config.gear.paths)
         texts = [
             (context, tuple(map(int, d.tokens)))
             for (i, context), several in zip(kept, repairs)
@@ -140,19 +140,13 @@ class Work:
                     failed.setdefault(tuple(map(int, d.tokens)), (i, j, d))
             chosen += list(failed.values())[: spec.paths]
         index, starts, count = split_steps(self.lm, [d.tokens.tolist() for _, _, d in chosen], self.most)
-        entropy = np.zeros(index.shape, np.float32)
-        for i, (_, _, d) in enumerate(chosen):
-            entropy[i, : len(d.entropy)] = d.entropy
-        h = gear.step_entropy(jnp.asarray(entropy), jnp.asarray(index), self.most)
-        last = gear.last_candidate(self.most, spec.window)[count]
-        unused = jnp.zeros((len(chosen), 2), jnp.uint32), jnp.zeros(len(chosen), jnp.int32)
-        at = jnp.asarray(count), jnp.asarray(last)
-        k = gear.breakpoints(h, *at, *unused, kind=spec.breakpoint, surge_kind=spec.surge)
+        ids = [f"{self.problems[i].id}/base/{j}/s0" for i, j, _ in chosen]
+        _, kept = cut(spec, ids, [d.entropy for _, _, d in chosen], index, starts, count)
         groups, contexts = [], []
-        for (i, j, d), n in zip(chosen, np.asarray(gear.kept_tokens(jnp.asarray(starts), k, backup=spec.backup))):
+        for (i, j, d), n in zip(chosen, kept):
             context = prompts[i] + tuple(map(int, d.tokens[:n]))
-            ids = tuple(f"{self.problems[i].id}/repair/{j}.{r}/s0" for r in range(spec.repairs))
-            groups.append(Group(context + hints[i], ids, config.sample.max_new_tokens - int(n)))
+            names = tuple(f"{self.problems[i].id}/repair/{j}.{r}/s0" for r in range(spec.repairs))
+            groups.append(Group(context + hints[i], names, config.sample.max_new_tokens - int(n)))
             contexts.append((i, context))
         return groups, contexts
 
@@ -163,22 +157,15 @@ class Work:
         found = any(ids[t : t + len(answer)] == answer for t in range(len(ids) - len(answer) + 1))
         return d.finish == "stop" and found
 
-    def _sampled(self, groups: Sequence[Group]) -> list[list[Decoded]]:
+    def _sampled(self, groups: Sequence[Group], most: int) -> list[list[Decoded]]:
+        """By a program with room for `most` groups."""
         width, each = max(len(g.context) for g in groups), len(groups[0].rollout_ids)
-        return generate(self.lm, groups, at_once(self._room(len(groups), each), each, width, self.most), ())
+        return generate(self.lm, groups, at_once(most, each, width, self.most), ())
 
-    def _room(self, groups: int, each: int) -> int:
-        """Contexts of the program: those of every problem, or of every path that there may be."""
-        return (
-            len(self.problems)
-            if each == self.config.sample.n and groups == len(self.problems)
-            else (self.spec.slots * self.config.gear.paths)
-        )
-
-    def _sampled_each(self, groups: Sequence[Group]) -> list[list[Decoded]]:
+    def _sampled_each(self, groups: Sequence[Group], most: int) -> list[list[Decoded]]:
         width, each = max(len(g.context) for g in groups), len(groups[0].rollout_ids)
         alone = [Group(g.context, (name,), g.budget) for g in groups for name in g.rollout_ids]
-        made = generate(self.lm, alone, at_once(self._room(len(groups), each) * each, 1, width, self.most), ())
+        made = generate(self.lm, alone, at_once(most * each, 1, width, self.most), ())
         return [[d for (d,) in made[i * each : (i + 1) * each]] for i in range(len(groups))]
 
     def _scored(self, texts: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> None:

@@ -1,6 +1,7 @@
 """Where a text's answer stands."""
 
 import re
+from collections.abc import Sequence
 
 from heal_jax.config import GradeSpec
 
@@ -25,6 +26,20 @@ def answer_span(text: str, opening: str, closing: str, think_end: str = "") -> t
     braces = opening.endswith("{") and closing == "}"
     end = _closing_brace(text, begin) if braces else text.find(closing, begin)
     return None if end < 0 else (begin, end)
+
+
+def answer_tokens(
+    spans: Sequence[tuple[str, int]], opening: str, closing: str, think_end: str = ""
+) -> tuple[int, int] | None:
+    """First and last + 1 of the tokens that overlap the answer of their text; None where there is none.
+
+    spans: text and its start of each token (`Tokenizer.spans`); the others as in `answer_span`.
+    """
+    found = answer_span("".join(text for text, _ in spans), opening, closing, think_end)
+    if found is None:
+        return None
+    hit = [i for i, (text, start) in enumerate(spans) if start < found[1] and start + len(text) > found[0]]
+    return (hit[0], hit[-1] + 1) if hit else None
 
 
 def extract(text: str, spec: GradeSpec) -> str | None:

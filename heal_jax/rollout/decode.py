@@ -15,7 +15,7 @@ from jax import Array
 
 from heal_jax.model.decoder import Cache, Decoder, View, empty_cache, view
 from heal_jax.model.mesh import constrain, parts_here
-from heal_jax.rollout.draw import draw
+from heal_jax.rollout.draw import Drawn, draw, typed
 from heal_jax.rollout.sampling import Rule
 
 IN_VIEW = 2  # contexts that a group of rows works on at a time, where rows take one rollout after another
@@ -54,6 +54,21 @@ def last_hidden(hidden: Array, count: Array) -> Array:
     return jnp.take_along_axis(hidden, (count - 1)[:, None, None], axis=1)[:, 0]
 
 
+def _blank(*shape: int) -> Rollouts:
+    """Records [..., T] of rollouts of which there are none yet."""
+    records, one = jnp.zeros(shape, jnp.float32), jnp.zeros(shape[:-1], jnp.int32)
+    return Rollouts(records.astype(jnp.int32), records, records, records, one, one > 0, jnp.int32(0))
+
+
+def _draw(
+    model: Decoder, hidden: Array, keys: Array, at: Array, eos_ids: Array, rules: tuple[Rule, ...]
+) -> tuple[Drawn, Array]:
+    """Token number at [B] of each row, from hidden [B, D], and whether it is an EOS."""
+    logits = constrain(model.logits(hidden), "batch", "vocab")
+    drawn = draw(logits, jax.vmap(jax.random.fold_in)(keys, at), rules)
+    return drawn, jnp.any(drawn.token[:, None] == eos_ids, axis=1)
+
+
 class _Rows(NamedTuple):
     """Loop state of `decode`: hidden [B, D] predicts the next token of each row; active [B] rows go on."""
 
@@ -79,28 +94,18 @@ def decode(
     int32 <= max_new; eos_ids [E] int32. Returns B rollouts and the keys and values of what was decoded.
     """
     rows = hidden.shape[0]
-    blank = jnp.zeros((rows, max_new), jnp.float32)
-    out = Rollouts(
-        jnp.zeros((rows, max_new), jnp.int32),
-        *(blank,) * 3,
-        jnp.zeros(rows, jnp.int32),
-        jnp.zeros(rows, bool),
-        jnp.int32(0),
-    )
 
     def step(state: _Rows) -> _Rows:
-        logits = constrain(model.logits(state.hidden), "batch", "vocab")
         old, active, at = state.out, state.active, state.out.steps
-        drawn = draw(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, at), rules)
+        drawn, ended = _draw(model, state.hidden, keys, jnp.full(rows, at), eos_ids, rules)
         records = [jax.lax.dynamic_update_slice(x, new[:, None], (0, at)) for x, new in zip(old, drawn)]
-        ended = jnp.any(drawn.token[:, None] == eos_ids, axis=1)
         new = Rollouts._make([*records, old.length + active, old.stopped | (active & ended), at + 1])
         hidden, cache = model.extend(drawn.token, state.cache, at, views)
         goes_on = active & ~ended & (new.length < budget)
         return _Rows(constrain(hidden, "row", "hidden"), placed(cache, "batch"), goes_on, new)
 
     own = placed(empty_cache(model.config, rows, max_new, hidden.dtype), "batch")
-    start = _Rows(constrain(hidden, "row", "hidden"), own, budget > 0, out)
+    start = _Rows(constrain(hidden, "row", "hidden"), own, budget > 0, _blank(rows, max_new))
     with jax.named_scope(STEPS):
         end = jax.lax.while_loop(lambda state: jnp.any(state.active), step, start)
     return end.out, end.cache._replace(length=end.out.length)
@@ -261,10 +266,8 @@ def decode_queue(
     def step(state: _Queue) -> _Queue:
         state = begin(state)
         at, active = state.at.reshape(-1), state.active.reshape(-1)
-        typed = jax.random.wrap_key_data(state.keys.reshape(-1, 2), impl="threefry2x32")
-        logits = constrain(model.logits(state.hidden.reshape(groups * members, -1)), "batch", "vocab")
-        drawn = draw(logits, jax.vmap(jax.random.fold_in)(typed, at), rules)
-        ended = jnp.any(drawn.token[:, None] == eos_ids, axis=1)
+        hidden = state.hidden.reshape(groups * members, -1)
+        drawn, ended = _draw(model, hidden, typed(state.keys), at, eos_ids, rules)
         # Rows without a rollout write nowhere.
         target = jnp.where(active, state.rollout.reshape(-1), of_part * n).reshape(parts, -1)
         when = at.reshape(parts, -1)
@@ -304,7 +307,6 @@ def decode_queue(
 
     of_rows = jnp.zeros((groups, members), jnp.int32)
     in_view = jnp.zeros((groups, IN_VIEW), jnp.int32)
-    blank = jnp.zeros((parts, of_part * n, max_new), jnp.float32)
     size = model.config.hidden_size
     state = _Queue(
         rollout=of_rows,
@@ -322,9 +324,7 @@ def decode_queue(
         first_hidden=jnp.zeros((groups, IN_VIEW, size), dtype),
         shared=placed(empty_cache(model.config, groups, IN_VIEW * width, dtype), "context"),
         loaded=jnp.zeros(parts, jnp.int32),
-        out=Rollouts(
-            blank.astype(jnp.int32), *(blank,) * 3, blank[:, :, 0].astype(jnp.int32), blank[:, :, 0] > 0, jnp.int32(0)
-        ),
+        out=_blank(parts, of_part * n, max_new),
     )
     with jax.named_scope(TURNS):
         end = jax.lax.while_loop(lambda state: to_load(state) | to_decode(state), turn, state)
@@ -352,14 +352,15 @@ def roll_out(
     Q * N rows all rollouts are decoded at once, with fewer one after another (`decode_queue`). Returns Q * N rollouts.
     """
     model = nnx.merge(graph, params)
-    (count, n), words = budget.shape, keys.reshape(-1, 2)
+    count, n = budget.shape
     if groups * members < count * n:
         return decode_queue(model, context, context_length, keys, budget, eos_ids, rules, max_new, groups, members)
     hidden, cache = model.read(context, context_length)
     last = last_hidden(constrain(hidden, "context", None, None), context_length)
     seen = view(placed(cache, "context")).repeat(n)
-    typed = jax.random.wrap_key_data(words, impl="threefry2x32")
-    out, _ = decode(model, jnp.repeat(last, n, axis=0), (seen,), typed, budget.reshape(-1), eos_ids, rules, max_new)
+    out, _ = decode(
+        model, jnp.repeat(last, n, axis=0), (seen,), typed(keys), budget.reshape(-1), eos_ids, rules, max_new
+    )
     return out
 
 

@@ -46,6 +46,11 @@ def block_width(vocab: int) -> int:
     return max(d for d in range(1, min(WIDEST, whole) + 1) if whole % d == 0)
 
 
+def typed(words: Array) -> Array:
+    """Key data [..., 2] uint32 -> typed keys, in one row."""
+    return jax.random.wrap_key_data(words.reshape(-1, 2), impl="threefry2x32")
+
+
 def draw(logits: Array, keys: Array, rules: tuple[Rule, ...]) -> Drawn:
     """Draw from softmax(rules(logits)): logits [B, V] float32, keys [B] typed PRNG keys.
 

@@ -22,6 +22,7 @@ from heal_jax.model.decoder import Cache, Decoder, View, view
 from heal_jax.model.mesh import constrain, parts_here
 from heal_jax.pure import purity, scored_steps
 from heal_jax.rollout.decode import Rollouts, decode, last_hidden, placed
+from heal_jax.rollout.draw import typed
 from heal_jax.rollout.sampling import Rule
 from heal_jax.rollout.score import pick, pick_view, teacher_forced
 from heal_jax.rollout.steps import Steps, find_steps
@@ -103,7 +104,7 @@ def heal_round(graph: nnx.GraphDef, params: nnx.State, problems: Problems, eos_i
         model,
         jnp.repeat(first, n, axis=0),
         (prompt.repeat(n),),
-        _typed(problems.sample_keys),
+        typed(problems.sample_keys),
         jnp.full(count * n, spec.max_new, jnp.int32),
         eos_ids,
         spec.rules,
@@ -142,7 +143,7 @@ def heal_round(graph: nnx.GraphDef, params: nnx.State, problems: Problems, eos_i
         model,
         jnp.repeat(first, repairs, axis=0),
         tuple(seen.repeat(repairs) for seen in (before, prefix, shown)),
-        _typed(keys),
+        typed(keys),
         jnp.repeat(budget, repairs),
         eos_ids,
         spec.rules,
@@ -156,9 +157,8 @@ def heal_round(graph: nnx.GraphDef, params: nnx.State, problems: Problems, eos_i
     span = _answer(repaired_by, answer, answer_length, answer_span, config.paths * repairs)
     repaired = repaired_by.stopped & (span[:, 1] > 0)
     last_prompt = jnp.take_along_axis(problems.prompt, problems.prompt_length[:, None] - 1, axis=1)[:, 0]
-    last_kept = jnp.take_along_axis(pick(base.tokens, of_path, parts), jnp.maximum(length - 1, 0)[:, None], axis=1)[
-        :, 0
-    ]
+    failed_tokens = pick(base.tokens, of_path, parts)
+    last_kept = jnp.take_along_axis(failed_tokens, jnp.maximum(length - 1, 0)[:, None], axis=1)[:, 0]
     last = jnp.where(length > 0, last_kept, jnp.repeat(pick(last_prompt, of_slot, parts), config.paths))
     # The last token of the context is read again with each row, since it predicts the row's first.
     prefix = prefix._replace(last=jnp.maximum(prefix.last - 1, 0))
@@ -167,7 +167,7 @@ def heal_round(graph: nnx.GraphDef, params: nnx.State, problems: Problems, eos_i
     logprob, entropy = _score_chosen(
         model, repaired_by.tokens, repaired, last, before, prefix, repairs, spec.pure, parts
     )
-    whole = _spliced(pick(base.tokens, of_path, parts), length, repaired_by, repairs)
+    whole = _spliced(failed_tokens, length, repaired_by, repairs)
     steps = _steps(whole, problems.newlines)
     offset = jnp.repeat(length, repairs)
     text_length = whole.length - whole.stopped
@@ -180,11 +180,6 @@ def heal_round(graph: nnx.GraphDef, params: nnx.State, problems: Problems, eos_i
     parent = jnp.where(path < 0, -1, problem[:, None] * n + path).reshape(-1)
     score = jnp.where(repaired, score, jnp.inf)
     return Round(base, correct, breakpoint, kept, problem, parent, repaired_by, repaired, logprob, entropy, score)
-
-
-def _typed(keys: Array) -> Array:
-    """Key data [..., 2] uint32 -> typed keys, in one row."""
-    return jax.random.wrap_key_data(keys.reshape(-1, 2), impl="threefry2x32")
 
 
 def _steps(rollouts: Rollouts, newlines: tuple[Array, ...]) -> Steps:

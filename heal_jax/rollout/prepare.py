@@ -6,7 +6,7 @@ import numpy as np
 
 from heal_jax.config import Config
 from heal_jax.model.tokenizer import Tokenizer
-from heal_jax.problems.answers import answer_span
+from heal_jax.problems.answers import answer_tokens
 from heal_jax.problems.sources import Problem
 from heal_jax.rollout.generate import key_of, pad_rows
 from heal_jax.rollout.heal_round import Problems
@@ -20,7 +20,8 @@ def prepare(config: Config, tokenizer: Tokenizer, problems: Sequence[Problem]) -
     n, repairs, seed = config.sample.n, config.gear.repairs, config.seed
     prompts = [tokenizer.prompt(plain_question(config, p)) for p in problems]
     hints = [tokenizer.encode(hint_text(config, p)) for p in problems]
-    answers = [tokenizer.encode(config.grade.answer_open + p.answer + config.grade.answer_close) for p in problems]
+    marks = config.grade.answer_open, config.grade.answer_close
+    answers = [tokenizer.encode(marks[0] + p.answer + marks[1]) for p in problems]
     padded = [pad_rows(rows, bucket(max(map(len, rows))), len(problems)) for rows in (prompts, hints, answers)]
     base = [[f"{p.id}/base/{i}/s{seed}" for i in range(n)] for p in problems]
 
@@ -29,17 +30,9 @@ def prepare(config: Config, tokenizer: Tokenizer, problems: Sequence[Problem]) -
 
     arrays = [
         *(array for pair in padded for array in pair),
-        np.array([_span(tokenizer, ids, config) for ids in answers], np.int32),
+        np.array([answer_tokens(tokenizer.spans(ids), *marks) or (0, len(ids)) for ids in answers], np.int32),
         np.array([[key_of(name) for name in names] for names in base]),
         np.array([[key_of(name + "/breakpoint") for name in names] for names in base]),
         np.array([repair_keys(p) for p in problems]),
     ]
     return Problems._make([*arrays, columns(tokenizer.newlines)])
-
-
-def _span(tokenizer: Tokenizer, ids: list[int], config: Config) -> tuple[int, int]:
-    """First and last + 1 token that overlap the answer between its marks."""
-    spans = tokenizer.spans(ids)
-    found = answer_span("".join(text for text, _ in spans), config.grade.answer_open, config.grade.answer_close)
-    hit = [i for i, (text, start) in enumerate(spans) if found and start < found[1] and start + len(text) > found[0]]
-    return (hit[0], hit[-1] + 1) if hit else (0, len(ids))
