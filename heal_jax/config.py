@@ -124,6 +124,9 @@ class SampleSpec:
     batch: Count = 240
     """Rows decoded together, at least the rollouts of one problem or path (sample.n, hindsight.n, gear.repairs,
     evaluate.samples). Part of what fixes the bytes."""
+    cache_tokens: Annotated[int, Range(ge=0)] = 0
+    """New tokens that each of the `batch` rows has room for; rollouts that are longer go on in half as many rows with
+    twice the room, their first tokens read again, and so on to max_new_tokens. 0: room for max_new_tokens in each."""
     rounds: Count = 16
     """A shard holds up to so many batches of rollouts: the row of one that is finished takes the next, so that only the
     end of a shard has idle rows. More: fewer idle rows, and more to do again after an interruption; 1: none wait."""

@@ -24,6 +24,8 @@ def positions(context: int, max_new: int) -> int:
 class Shape:
     """The static shape of a stage's shards: contexts a shard, rollouts a context, lengths in tokens, and the rows that
     decode them: `groups` of `members` that share a context. With a row for every rollout all are decoded at once.
+    cache_tokens: new tokens that a row has room for at first (`SampleSpec.cache_tokens`); done: tokens of each rollout
+    that are its context's last.
     """
 
     contexts: int
@@ -32,6 +34,8 @@ class Shape:
     max_new: int
     groups: int
     members: int
+    cache_tokens: int = 0
+    done: int = 0
 
     @property
     def rows(self) -> int:
@@ -47,10 +51,26 @@ class Shape:
         """Of a row's own cache."""
         return bucket(self.max_new)
 
+    def stretches(self) -> "list[Shape]":
+        """The programs that decode it, one after another: the first to cache_tokens a rollout; each of the others goes
+        on with the rollouts that are not done, in half as many rows, to twice as many tokens. What a row holds of a
+        rollout doubles as rows are halved: caches stay as large as the first program's, prompts apart.
+        """
+        if not 0 < self.cache_tokens < self.max_new:
+            return [dataclasses.replace(self, cache_tokens=0)]
+        found = [dataclasses.replace(self, max_new=self.cache_tokens, cache_tokens=0)]
+        done, rows, count = self.cache_tokens, self.rows, self.contexts * self.repeats
+        while done < self.max_new:
+            rows, new = max(1, rows // 2), min(done, self.max_new - done)
+            width = bucket(self.context_length + done)
+            found.append(Shape(count, 1, width, new, groups=min(rows, count), members=1, done=self.done + done))
+            done += new
+        return found
 
-def at_once(contexts: int, repeats: int, context: int, max_new: int) -> Shape:
+
+def at_once(contexts: int, repeats: int, context: int, max_new: int, cache_tokens: int = 0) -> Shape:
     """Every rollout has a row; `context`: tokens of the longest."""
-    return Shape(contexts, repeats, bucket(context), max_new, contexts, repeats)
+    return Shape(contexts, repeats, bucket(context), max_new, contexts, repeats, cache_tokens)
 
 
 def members(repeats: int) -> int:
@@ -68,13 +88,13 @@ def groups(config: Config, repeats: int) -> int:
 def _shape(config: Config, repeats: int, units: int, context: int) -> Shape:
     """`units`: how many contexts there are at most; they are dealt out evenly to as few shards as sample.rounds
     allows."""
-    batch = config.sample.batch // repeats
+    batch, spec = config.sample.batch // repeats, config.sample
     shards = -(-units // (batch * config.sample.rounds))
     contexts = -(-units // max(1, shards))
     if contexts <= batch:
-        return at_once(contexts, repeats, context, config.sample.max_new_tokens)
+        return at_once(contexts, repeats, context, spec.max_new_tokens, spec.cache_tokens)
     rows = groups(config, repeats), members(repeats)
-    return Shape(contexts, repeats, bucket(context), config.sample.max_new_tokens, *rows)
+    return Shape(contexts, repeats, bucket(context), spec.max_new_tokens, *rows, spec.cache_tokens)
 
 
 def sample_shape(config: Config, problems: int, prompt: int) -> Shape:

@@ -15,11 +15,12 @@ from test_model import hf_folder, hf_logits
 from heal_jax.config import SampleSpec
 from heal_jax.model.mesh import make_mesh, put_batch, using
 from heal_jax.model.weights import load
-from heal_jax.rollout.decode import IN_VIEW, roll_out
+from heal_jax.rollout.decode import in_view, roll_out
 from heal_jax.rollout.draw import block_width, draw, entropy_of
-from heal_jax.rollout.generate import key_of, pad_rows
+from heal_jax.rollout.generate import Group, batch_arrays, generate, key_of, pad_rows
 from heal_jax.rollout.sampling import Greedy, MinP, Temperature, TopK, TopP, apply, rules
 from heal_jax.rollout.score import score
+from heal_jax.shapes import BUCKET, Shape, at_once, bucket
 
 VOCAB = 61
 
@@ -190,7 +191,55 @@ def test_rows_are_seldom_idle(models):
     names = [f"{i}" for i in range(budget.size)]
     out = sample(model, contexts, names, budget=budget.ravel(), eos=(VOCAB + 5,), max_new=48, rows=(2, 6))
     np.testing.assert_array_equal(out.length, budget.ravel())
-    assert IN_VIEW == 2 and out.length.sum() / (out.steps * 12) >= 0.9
+    assert in_view(6) == 2 and out.length.sum() / (out.steps * 12) >= 0.9
+
+
+@pytest.mark.parametrize("rows", [None, (2, 2)], ids=["at once", "in turn"])
+def test_a_rollout_in_stretches_is_the_same_rollout(teacher, rows):
+    """Rollouts of up to 96 tokens, whole and with room for 16 at first: the same tokens, records and ends."""
+    prompts = [teacher.tokenizer.prompt(text) for text in ("7+8", "25+38+4", "81-7+12-3")]
+    groups = [
+        Group(tuple(prompt), tuple(f"{i}/{j}" for j in range(4)), budget)
+        for (i, prompt), budget in zip(enumerate(prompts), (96, 40, 7))
+    ]
+    whole = at_once(3, 4, max(map(len, prompts)), 96)
+    if rows:
+        whole = dataclasses.replace(whole, groups=rows[0], members=rows[1])
+    parts = dataclasses.replace(whole, cache_tokens=16)
+    assert [(s.max_new, s.done) for s in parts.stretches()] == [(16, 0), (16, 16), (32, 32), (32, 64)]
+    made, again = ([d for several in generate(teacher, groups, shape, ()) for d in several] for shape in (whole, parts))
+    assert max(len(d.tokens) for d in made) > 64 and any(16 < len(d.tokens) < 64 for d in made)
+    for a, b in zip(made, again, strict=True):
+        assert (a.rollout_id, a.finish) == (b.rollout_id, b.finish)
+        np.testing.assert_array_equal(a.tokens, b.tokens)
+        for name in ("entropy", "logprob", "sampling_logprob"):
+            np.testing.assert_allclose(getattr(a, name), getattr(b, name), atol=1e-4)
+
+
+@given(st.integers(1, 64), st.integers(1, 30), st.integers(1, 1000), st.integers(1, 9000), st.integers(1, 900))
+def test_stretches_hold_what_the_first_holds(groups, members, context, most, first):
+    shape = Shape(groups * 3, members * 2, bucket(context), most, groups, members, first)
+    stretches = shape.stretches()
+    assert sum(s.max_new for s in stretches) == most and stretches[0].max_new == min(first, most)
+    for i, stretch in enumerate(stretches):
+        assert stretch.done == sum(s.max_new for s in stretches[:i]) and (not i or stretch.max_new <= stretch.done)
+        held = stretch.max_new + (stretch.done and stretch.context_length - shape.context_length)
+        assert stretch.rows == 1 or stretch.rows * held <= shape.rows * (stretches[0].max_new + BUCKET)
+
+
+def test_memory_of_long_rollouts_is_bounded(teacher):
+    """By XLA's count of scratch, where the cache is: rollouts 8 times as long need the memory of short ones."""
+
+    def scratch(shape):
+        arrays = batch_arrays([Group((5,), ("x",), 1)], shape, 1)
+        static = {"rules": (), "max_new": shape.slots, "groups": shape.groups, "members": shape.members}
+        lowered = roll_out.lower(teacher.model.graph, teacher.model.params, *arrays, teacher.eos_ids, **static)
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    whole = Shape(64, 8, 32, 1024, 32, 4)
+    short, *longer = map(scratch, dataclasses.replace(whole, cache_tokens=128).stretches())
+    assert len(longer) == 3 and max(longer) < 1.3 * short  # reading takes some
+    assert 5 * short < scratch(whole)
 
 
 def test_pad_id_is_an_ordinary_token(models):

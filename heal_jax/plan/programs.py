@@ -26,7 +26,7 @@ from heal_jax.model.mesh import batch_parts, parts_of, sharding, using
 from heal_jax.model.weights import shardings
 from heal_jax.plan import backend, flops
 from heal_jax.plan.workload import Workload
-from heal_jax.rollout.decode import IN_VIEW, roll_out
+from heal_jax.rollout.decode import in_view, roll_out
 from heal_jax.rollout.generate import Group, batch_arrays, dealt, score_batch
 from heal_jax.rollout.sampling import Rule, rules
 from heal_jax.rollout.score import score
@@ -136,7 +136,7 @@ class RollOut(Program):
     @property
     def shared_slots(self) -> int:
         """Of the contexts that a group of rows has in view."""
-        return self.batch.context_length * (1 if self.batch.at_once else IN_VIEW)
+        return self.batch.context_length * (1 if self.batch.at_once else in_view(self.batch.repeats))
 
     @property
     def slots(self) -> tuple[int, ...]:
@@ -162,6 +162,7 @@ class RollOut(Program):
                 max_new=bucket(self.batch.max_new),
                 groups=over.groups,
                 members=over.members,
+                done=over.done,
             )
 
     def analytic(self) -> tuple[float, float, float]:
@@ -299,36 +300,41 @@ def _all(config: Config, work: Workload, mesh: Mesh, teacher: Weights, student: 
         """Contexts of a call: those of a shape for all problems may be more than there turn out to be."""
         return math.ceil(units / math.ceil(units / shape.contexts)) if units else 0
 
-    def rolled(stage: str, model: Weights, shape: Shape, units: float, *resident: Weights, calls: int = 1) -> RollOut:
+    def rolled(
+        stage: str, model: Weights, shape: Shape, units: float, *resident: Weights, calls: int = 1
+    ) -> Iterator[RollOut]:
+        """Every stretch of the rollouts' tokens; each rollout has work.decode_steps."""
         batches, parts = calls * math.ceil(units / shape.contexts), batch_parts(mesh)
-        over, there = dealt(shape, parts)[0], filled(shape, units)
-        steps = work.decode_steps * (1 if over.at_once else math.ceil(there * over.repeats / over.rows))
-        reads = 0 if over.at_once else math.ceil(there / _split(over, parts))
         spec = config.sample
         if stage.startswith("evaluate"):
             spec = dataclasses.replace(spec, temperature=config.evaluate.temperature)
-        loops = batches, steps, reads
-        return RollOut((stage,), model, resident, *loops, batch=shape, drawn=rules(spec), parts=parts)
+        for stretch in shape.stretches():
+            over, there = dealt(stretch, parts)[0], filled(shape, units) * shape.repeats // stretch.repeats
+            tokens = max(0, min(work.decode_steps - stretch.done, stretch.max_new))
+            steps = tokens * (1 if over.at_once else math.ceil(there * over.repeats / over.rows))
+            reads = math.ceil(there / _split(over, parts)) if tokens and not over.at_once else 0
+            name = f"{stage} beyond {stretch.done}" if stretch.done else stage
+            loops = batches if tokens else 0, steps, reads
+            yield RollOut((name,), model, resident, *loops, batch=stretch, drawn=rules(spec), parts=parts)
 
-    def scored(made: RollOut, units: float, context: int) -> Score:
+    def scored(stage: str, shape: Shape, units: float, context: int) -> Score:
         """Every rollout of a stage, call by call: at most so many, since only the correct are scored."""
         batch = score_batch(score_shape(config, context), batch_parts(mesh))
-        calls = made.calls * math.ceil(filled(made.batch, units) * made.batch.repeats / batch.rows)
-        return Score((f"score {made.name}",), teacher, (), calls, batch=batch)
+        each = math.ceil(filled(shape, units) * shape.repeats / batch.rows)
+        return Score((f"score {stage}",), teacher, (), math.ceil(units / shape.contexts) * each, batch=batch)
 
     hard, paths = work.problems * work.hard, work.problems * work.unsolved * config.gear.paths
     n, longest = work.problems, work.prompt + work.kept
-    yield rolled("sample", teacher, sample_shape(config, n, work.prompt), n)
-    hindsight = rolled("hindsight", teacher, hindsight_shape(config, n, work.shown), hard)
-    yield hindsight
-    yield scored(hindsight, hard, work.prompt)
-    repair = rolled("repair", teacher, repair_shape(config, n, longest + work.hint), paths)
-    yield repair
-    yield scored(repair, paths, longest)
+    yield from rolled("sample", teacher, sample_shape(config, n, work.prompt), n)
+    hindsight, repair = hindsight_shape(config, n, work.shown), repair_shape(config, n, longest + work.hint)
+    yield from rolled("hindsight", teacher, hindsight, hard)
+    yield scored("hindsight", hindsight, hard, work.prompt)
+    yield from rolled("repair", teacher, repair, paths)
+    yield scored("repair", repair, paths, longest)
     width = bucket(config.train.max_tokens)
     updates = 2 * config.train.steps  # HEAL and the baseline
     yield Train(("train",), student, (student,), updates, rows=config.train.batch, width=width, spec=config.train)
     # Other models' weights that are in memory then: the student as it was, from before its training on.
     for model, calls in ((teacher, 1), (student, 3)):
         shape = evaluate_shape(config, work.held_out, work.held_out_prompts[model.name])
-        yield rolled(f"evaluate {model.name}", model, shape, work.held_out, student, calls=calls)
+        yield from rolled(f"evaluate {model.name}", model, shape, work.held_out, student, calls=calls)

@@ -18,8 +18,6 @@ from heal_jax.model.mesh import constrain, parts_here
 from heal_jax.rollout.draw import Drawn, draw, typed
 from heal_jax.rollout.sampling import Rule
 
-IN_VIEW = 2  # contexts that a group of rows works on at a time, where rows take one rollout after another
-
 # Names of the loops in the compiled program, for profiles and `heal plan`.
 STEPS, READS, TURNS = "decode_steps", "read_contexts", "turns"
 
@@ -38,6 +36,12 @@ class Rollouts(NamedTuple):
     length: Array
     stopped: Array
     steps: Array
+
+
+def in_view(repeats: int) -> int:
+    """Contexts that a group of rows works on at a time, where rows take one rollout after another: two, so that the
+    first rollouts of one fill the group up with the last of the other; one where each context has one rollout."""
+    return min(repeats, 2)
 
 
 def placed(cache: Cache, rows: str) -> Cache:
@@ -87,17 +91,19 @@ def decode(
     eos_ids: Array,
     rules: tuple[Rule, ...],
     max_new: int,
+    done: int = 0,
 ) -> tuple[Rollouts, Cache]:
     """One rollout a row, until an EOS or its budget; all start together.
 
     hidden [B, D]: what predicts the first token; views: the context of each row; keys [B] typed PRNG keys; budget [B]
-    int32 <= max_new; eos_ids [E] int32. Returns B rollouts and the keys and values of what was decoded.
+    int32 <= max_new; eos_ids [E] int32; done: tokens of each rollout that its context ends with, after which its draws
+    are numbered. Returns B rollouts and the keys and values of what was decoded.
     """
     rows = hidden.shape[0]
 
     def step(state: _Rows) -> _Rows:
         old, active, at = state.out, state.active, state.out.steps
-        drawn, ended = _draw(model, state.hidden, keys, jnp.full(rows, at), eos_ids, rules)
+        drawn, ended = _draw(model, state.hidden, keys, jnp.full(rows, done + at), eos_ids, rules)
         records = [jax.lax.dynamic_update_slice(x, new[:, None], (0, at)) for x, new in zip(old, drawn)]
         new = Rollouts._make([*records, old.length + active, old.stopped | (active & ended), at + 1])
         hidden, cache = model.extend(drawn.token, state.cache, at, views)
@@ -150,16 +156,18 @@ def decode_queue(
     max_new: int,
     groups: int,
     members: int,
+    done: int = 0,
 ) -> Rollouts:
     """N rollouts of each context by fewer rows: the row of a finished rollout takes the next.
 
     context [Q, P] int32 with context_length [Q] (0: padding, after all others of its part of the mesh); keys [Q, N, 2]
-    uint32, budget [Q, N] int32. `groups` of `members` rows have IN_VIEW contexts in view each: while the last rollouts
-    of one are decoded the rows that are done with it begin with the other, and when a row has nothing to begin, the
-    next context is read; when there is none, the group takes over half of what another has not begun. Returns Q * N
-    rollouts.
+    uint32, budget [Q, N] int32; done: as in `decode`. `groups` of `members` rows have up to two contexts in view each:
+    while the last rollouts of one are decoded the rows that are done with it begin with the other, and when a row has
+    nothing to begin, the next context is read; when there is none, the group takes over half of what another has not
+    begun. Returns Q * N rollouts.
     """
     (count, width), n, dtype = context.shape, budget.shape[1], model.embed[...].dtype
+    views = in_view(n)
     parts = parts_here(count, groups)
     of_part, per_part = count // parts, groups // parts  # contexts and groups
 
@@ -173,20 +181,20 @@ def decode_queue(
     def room(state: _Queue) -> tuple[Array, Array, Array]:
         """Groups [D, G / D] with an idle row, nothing to begin, and room for more that there is; what is free [G, W];
         the largest number of rollouts that a group has not begun, [D, G / D * W] one-hot."""
-        at_work = state.active[:, :, None] & (state.place[:, :, None] == jnp.arange(IN_VIEW))
+        at_work = state.active[:, :, None] & (state.place[:, :, None] == jnp.arange(views))
         waiting = state.stop - state.started
         free = (waiting == 0) & ~jnp.any(at_work, axis=1)
         wants = jnp.all(waiting == 0, axis=1) & jnp.any(free, axis=1) & ~jnp.all(state.active, axis=1)
         waiting = waiting.reshape(parts, -1)
         is_more = (state.loaded < there) | (jnp.max(waiting, axis=1) > 1)
-        most = jnp.arange(per_part * IN_VIEW) == jnp.argmax(waiting, axis=1)[:, None]
+        most = jnp.arange(per_part * views) == jnp.argmax(waiting, axis=1)[:, None]
         return wants.reshape(parts, per_part) & is_more[:, None], free, most
 
     def load(state: _Queue) -> _Queue:
         """Read the next context of each part for the first of its groups that has room."""
         wants, free, most = room(state)
         chosen = (jnp.arange(per_part) == jnp.argmax(wants, axis=1)[:, None]) & wants
-        place = jnp.arange(IN_VIEW) == jnp.argmax(free, axis=1)[:, None]
+        place = jnp.arange(views) == jnp.argmax(free, axis=1)[:, None]
         here = chosen.reshape(groups, 1) & place  # [G, W]
         shares = jnp.any(wants, axis=1) & (state.loaded >= there)  # parts without a new one
 
@@ -196,7 +204,7 @@ def decode_queue(
         stop = of_most(state.stop)
         middle = stop - (stop - of_most(state.started)) // 2
         number = jnp.where(shares, of_most(state.context), jnp.minimum(state.loaded, of_part - 1))
-        given = (most & shares[:, None]).reshape(groups, IN_VIEW)  # who gives up half
+        given = (most & shares[:, None]).reshape(groups, views)  # who gives up half
         tokens, length = (jax.vmap(lambda x, i: x[i])(x, number) for x in (context, context_length))
         hidden, fresh = model.read(tokens, length)
 
@@ -207,7 +215,7 @@ def decode_queue(
         def put(old: Array, new: Array, axis: int) -> Array:
             """new [D, K, ..., P, ...] into one of the W stretches of P slots of old, where `here`."""
             shape = old.shape
-            old = old.reshape(*shape[:axis], IN_VIEW, width, *shape[axis + 1 :])
+            old = old.reshape(*shape[:axis], views, width, *shape[axis + 1 :])
             where = jnp.expand_dims(here, [i for i in range(1, old.ndim) if i != axis])
             return jnp.where(where, jnp.expand_dims(spread(new), axis), old).reshape(shape)
 
@@ -251,7 +259,7 @@ def decode_queue(
             return jax.vmap(lambda x, i: x[i])(x, rollout.reshape(parts, -1)).reshape(groups, members, *x.shape[2:])
 
         limit = jnp.where(begins, of_rollout(budget), state.budget)
-        begun = jnp.sum(begins, axis=1, keepdims=True) * (jnp.arange(IN_VIEW) == place[:, None])
+        begun = jnp.sum(begins, axis=1, keepdims=True) * (jnp.arange(views) == place[:, None])
         return state._replace(
             rollout=rollout,
             place=jnp.where(begins, place[:, None], state.place),
@@ -267,7 +275,7 @@ def decode_queue(
         state = begin(state)
         at, active = state.at.reshape(-1), state.active.reshape(-1)
         hidden = state.hidden.reshape(groups * members, -1)
-        drawn, ended = _draw(model, hidden, typed(state.keys), at, eos_ids, rules)
+        drawn, ended = _draw(model, hidden, typed(state.keys), done + at, eos_ids, rules)
         # Rows without a rollout write nowhere.
         target = jnp.where(active, state.rollout.reshape(-1), of_part * n).reshape(parts, -1)
         when = at.reshape(parts, -1)
@@ -306,7 +314,7 @@ def decode_queue(
             return jax.lax.while_loop(lambda state: to_decode(state) & ~to_load(state), step, state)
 
     of_rows = jnp.zeros((groups, members), jnp.int32)
-    in_view = jnp.zeros((groups, IN_VIEW), jnp.int32)
+    of_views = jnp.zeros((groups, views), jnp.int32)
     size = model.config.hidden_size
     state = _Queue(
         rollout=of_rows,
@@ -317,12 +325,12 @@ def decode_queue(
         keys=jnp.zeros((groups, members, 2), jnp.uint32),
         hidden=jnp.zeros((groups, members, size), dtype),
         cache=placed(empty_cache(model.config, groups * members, max_new, dtype), "batch"),
-        context=in_view,
-        started=in_view,
-        stop=in_view,
-        length=in_view,
-        first_hidden=jnp.zeros((groups, IN_VIEW, size), dtype),
-        shared=placed(empty_cache(model.config, groups, IN_VIEW * width, dtype), "context"),
+        context=of_views,
+        started=of_views,
+        stop=of_views,
+        length=of_views,
+        first_hidden=jnp.zeros((groups, views, size), dtype),
+        shared=placed(empty_cache(model.config, groups, views * width, dtype), "context"),
         loaded=jnp.zeros(parts, jnp.int32),
         out=_blank(parts, of_part * n, max_new),
     )
@@ -331,7 +339,7 @@ def decode_queue(
     return Rollouts._make([*(x.reshape(-1, *x.shape[2:]) for x in end.out[:6]), end.out.steps])
 
 
-@partial(jax.jit, static_argnames=("graph", "rules", "max_new", "groups", "members"))
+@partial(jax.jit, static_argnames=("graph", "rules", "max_new", "groups", "members", "done"))
 def roll_out(
     graph: nnx.GraphDef,
     params: nnx.State,
@@ -345,21 +353,24 @@ def roll_out(
     max_new: int,
     groups: int,
     members: int,
+    done: int = 0,
 ) -> Rollouts:
     """N rollouts of each of Q contexts, each context computed and held once.
 
     context [Q, P] int32 with context_length [Q]; keys [Q, N, 2] uint32 and budget [Q, N] int32. With groups * members =
-    Q * N rows all rollouts are decoded at once, with fewer one after another (`decode_queue`). Returns Q * N rollouts.
+    Q * N rows all rollouts are decoded at once, with fewer one after another (`decode_queue`); done: as in `decode`.
+    Returns Q * N rollouts.
     """
     model = nnx.merge(graph, params)
     count, n = budget.shape
     if groups * members < count * n:
-        return decode_queue(model, context, context_length, keys, budget, eos_ids, rules, max_new, groups, members)
+        queue = context, context_length, keys, budget
+        return decode_queue(model, *queue, eos_ids, rules, max_new, groups, members, done)
     hidden, cache = model.read(context, context_length)
     last = last_hidden(constrain(hidden, "context", None, None), context_length)
     seen = view(placed(cache, "context")).repeat(n)
     out, _ = decode(
-        model, jnp.repeat(last, n, axis=0), (seen,), typed(keys), budget.reshape(-1), eos_ids, rules, max_new
+        model, jnp.repeat(last, n, axis=0), (seen,), typed(keys), budget.reshape(-1), eos_ids, rules, max_new, done
     )
     return out
 

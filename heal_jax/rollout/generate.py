@@ -40,6 +40,15 @@ class Decoded:
     sampling_logprob: np.ndarray
     finish: str
 
+    def followed_by(self, more: "Decoded") -> "Decoded":
+        """With the tokens of the same rollout that come after it."""
+
+        def joined(name: str) -> np.ndarray:
+            return np.concatenate([getattr(self, name), getattr(more, name)])
+
+        records = joined("tokens"), joined("entropy"), joined("logprob"), joined("sampling_logprob")
+        return Decoded(self.rollout_id, *records, more.finish)
+
 
 def key_of(name: str) -> np.ndarray:
     """The PRNG key of whatever has this name: [2] uint32."""
@@ -59,8 +68,8 @@ def dealt(shape: Shape, parts: int) -> tuple[Shape, np.ndarray]:
     """The shape of the program over `parts` parts of a mesh, and the place of each of the shape's contexts in it.
 
     It has as many contexts as the parts divide; one goes to each part in turn, so that all have the same work to the
-    end. Groups of rows that the parts do not divide become as large as a part allows, since what they share is else
-    whole in every part.
+    end. Groups of rows that the parts do not divide become as large as a part allows, or, where each has one row, as
+    many as they divide: what they share is else whole in every part.
     """
     unit = parts // math.gcd(parts, shape.repeats if shape.at_once else 1)
     count = -(-shape.contexts // unit) * unit
@@ -69,6 +78,8 @@ def dealt(shape: Shape, parts: int) -> tuple[Shape, np.ndarray]:
         rows = shape.rows // parts
         members = max(size for size in range(1, min(rows, shape.repeats) + 1) if rows % size == 0)
         groups = shape.rows // members
+    elif not shape.at_once and shape.repeats == 1:
+        groups = max(1, groups // parts) * parts
     split = parts_of(parts, count, groups)
     order = np.arange(count)
     over = dataclasses.replace(shape, contexts=count, groups=groups, members=members)
@@ -93,7 +104,37 @@ def batch_arrays(groups: Sequence[Group], shape: Shape, parts: int) -> tuple[np.
 
 
 def generate(lm: LanguageModel, groups: Sequence[Group], shape: Shape, rules: tuple[Rule, ...]) -> list[list[Decoded]]:
-    """Decode a shard: at most shape.contexts groups of shape.repeats rollouts -> the rollouts of each group."""
+    """Decode a shard: at most shape.contexts groups of shape.repeats rollouts -> the rollouts of each group.
+
+    By the programs of `Shape.stretches`; reading a rollout's first tokens again is how vLLM, too, goes on with what
+    lost its cache (Kwon et al., arXiv 2309.06180, 4.5).
+    """
+    first, *longer = shape.stretches()
+    made = _decode(lm, groups, first, rules)
+    for stretch in longer:
+        left = [
+            (i, j)
+            for i, (group, several) in enumerate(zip(groups, made))
+            for j, d in enumerate(several)
+            if d.finish == "length" and len(d.tokens) < group.budget
+        ]
+        if not left:
+            break
+        rest = [
+            Group(
+                groups[i].context + tuple(map(int, made[i][j].tokens)),
+                (made[i][j].rollout_id,),
+                groups[i].budget - len(made[i][j].tokens),
+            )
+            for i, j in left
+        ]
+        for (i, j), (more,) in zip(left, _decode(lm, rest, stretch, rules)):
+            made[i][j] = made[i][j].followed_by(more)
+    return made
+
+
+def _decode(lm: LanguageModel, groups: Sequence[Group], shape: Shape, rules: tuple[Rule, ...]) -> list[list[Decoded]]:
+    """One program's rollouts of each group, to at most shape.max_new tokens."""
     parts = batch_parts(lm.mesh)
     over, order = dealt(shape, parts)
     with using(lm.mesh):
@@ -106,6 +147,7 @@ def generate(lm: LanguageModel, groups: Sequence[Group], shape: Shape, rules: tu
             max_new=bucket(shape.max_new),
             groups=over.groups,
             members=over.members,
+            done=over.done,
         )
     tokens, entropy, logprob, sampling, length, stopped, _ = fetch(out)
 
@@ -136,7 +178,8 @@ def rollouts(
             f"prompts of up to {width} tokens and {spec.max_new_tokens} new ones need more than the model's "
             f"{config.max_positions} positions; shorten one or the other"
         )
-    shape = at_once(min(max(1, spec.batch // spec.n), len(ids)), spec.n, width, spec.max_new_tokens)
+    contexts = min(max(1, spec.batch // spec.n), len(ids))
+    shape = at_once(contexts, spec.n, width, spec.max_new_tokens, spec.cache_tokens)
     groups = []
     for i in ids:
         name = hashlib.sha256(np.asarray(i, "<i4").tobytes()).hexdigest()
