@@ -127,6 +127,9 @@ class SampleSpec:
     cache_tokens: Annotated[int, Range(ge=0)] = 0
     """New tokens that each of the `batch` rows has room for; rollouts that are longer go on in half as many rows with
     twice the room, their first tokens read again, and so on to max_new_tokens. 0: room for max_new_tokens in each."""
+    cache_dtype: Literal["model", "int8"] = "model"
+    """What keys and values are held in: the model's own dtype, or a byte a number, half of bfloat16's memory for a
+    small error in what is drawn (README, "Faster than what?"). PURE reads without it, so scores are exact."""
     rounds: Count = 16
     """A shard holds up to so many batches of rollouts: the row of one that is finished takes the next, so that only the
     end of a shard has idle rows. More: fewer idle rows, and more to do again after an interruption; 1: none wait."""
@@ -152,6 +155,9 @@ class GearSpec:
     """Failed rollouts repaired a problem (paper)."""
     repairs: Count = 20
     """Continuations a path (paper)."""
+    slots: Count = 8
+    """Problems that `heal_round`, the whole round as one program, repairs at most. `heal run` repairs all, stage by
+    stage."""
     surge: Literal["difference", "ratio", "zscore"] = "difference"
     """Difference is the paper's rise in step entropy; ratio and zscore are for comparison."""
     breakpoint: Literal["surge", "random", "oracle"] = "surge"

@@ -5,7 +5,7 @@ The stages and `heal plan` take them from here, so that what is planned is what 
 
 import dataclasses
 
-from heal_jax.config import Config
+from heal_jax.config import Config, SampleSpec
 
 BUCKET = 32  # also a multiple of what vector units work on
 
@@ -24,8 +24,8 @@ def positions(context: int, max_new: int) -> int:
 class Shape:
     """The static shape of a stage's shards: contexts a shard, rollouts a context, lengths in tokens, and the rows that
     decode them: `groups` of `members` that share a context. With a row for every rollout all are decoded at once.
-    cache_tokens: new tokens that a row has room for at first (`SampleSpec.cache_tokens`); done: tokens of each rollout
-    that are its context's last.
+    cache_tokens: new tokens that a row has room for at first (`SampleSpec.cache_tokens`); eight_bit: how they are held
+    (`SampleSpec.cache_dtype`); done: tokens of each rollout that are its context's last.
     """
 
     contexts: int
@@ -35,6 +35,7 @@ class Shape:
     groups: int
     members: int
     cache_tokens: int = 0
+    eight_bit: bool = False
     done: int = 0
 
     @property
@@ -63,14 +64,19 @@ class Shape:
         while done < self.max_new:
             rows, new = max(1, rows // 2), min(done, self.max_new - done)
             width = bucket(self.context_length + done)
-            found.append(Shape(count, 1, width, new, groups=min(rows, count), members=1, done=self.done + done))
+            found.append(Shape(count, 1, width, new, min(rows, count), 1, 0, self.eight_bit, self.done + done))
             done += new
         return found
 
 
-def at_once(contexts: int, repeats: int, context: int, max_new: int, cache_tokens: int = 0) -> Shape:
+def at_once(contexts: int, repeats: int, context: int, max_new: int) -> Shape:
     """Every rollout has a row; `context`: tokens of the longest."""
-    return Shape(contexts, repeats, bucket(context), max_new, contexts, repeats, cache_tokens)
+    return Shape(contexts, repeats, bucket(context), max_new, contexts, repeats)
+
+
+def held(shape: Shape, spec: SampleSpec) -> Shape:
+    """With caches as `spec` has them."""
+    return dataclasses.replace(shape, cache_tokens=spec.cache_tokens, eight_bit=spec.cache_dtype == "int8")
 
 
 def members(repeats: int) -> int:
@@ -92,9 +98,9 @@ def _shape(config: Config, repeats: int, units: int, context: int) -> Shape:
     shards = -(-units // (batch * config.sample.rounds))
     contexts = -(-units // max(1, shards))
     if contexts <= batch:
-        return at_once(contexts, repeats, context, spec.max_new_tokens, spec.cache_tokens)
+        return held(at_once(contexts, repeats, context, spec.max_new_tokens), spec)
     rows = groups(config, repeats), members(repeats)
-    return Shape(contexts, repeats, bucket(context), spec.max_new_tokens, *rows, spec.cache_tokens)
+    return held(Shape(contexts, repeats, bucket(context), spec.max_new_tokens, *rows), spec)
 
 
 def sample_shape(config: Config, problems: int, prompt: int) -> Shape:

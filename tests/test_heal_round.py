@@ -29,7 +29,8 @@ SLOTS = 4
 
 
 def round_spec(config, slots=SLOTS):
-    return RoundSpec(rules(config.sample), bucket(config.sample.max_new_tokens), config.gear, config.pure, slots)
+    gear = dataclasses.replace(config.gear, slots=slots)
+    return RoundSpec(rules(config.sample), bucket(config.sample.max_new_tokens), gear, config.pure)
 
 
 def rolled(config, lm, problems, mesh=None, slots=SLOTS):

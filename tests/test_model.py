@@ -19,7 +19,8 @@ from models import FAMILIES, LENGTH, VOCAB, entropy64, error, hf_folder, hf_logi
 from heal_jax.errors import InputError
 from heal_jax.model.config import FAMILIES as SUPPORTED
 from heal_jax.model.config import FIXED, NEUTRAL, READ, both_spellings, decoder_config, read_config_json
-from heal_jax.model.decoder import Decoder, empty_cache, view
+from heal_jax.model.decoder import Decoder
+from heal_jax.model.kv_cache import empty_cache, view
 from heal_jax.model.layers import SCAN_FROM, stretches
 from heal_jax.model.mesh import make_mesh, spec
 from heal_jax.model.weights import load, save_weights, shardings, table

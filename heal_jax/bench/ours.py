@@ -10,7 +10,7 @@ from flax import nnx
 from jax import Array
 
 from heal_jax.config import TrainSpec
-from heal_jax.model.decoder import Cache, view
+from heal_jax.model.kv_cache import Cache, view
 from heal_jax.model.lm import LanguageModel
 from heal_jax.rollout.decode import Rollouts, decode, last_hidden, roll_out
 from heal_jax.rollout.draw import typed
@@ -26,18 +26,28 @@ def keys_of(seed: int, contexts: int, each: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(2**32, size=(contexts, each, 2), dtype=np.uint32)
 
 
-def sampling(lm: LanguageModel, prompts: np.ndarray, each: int, new: int) -> Callable[[int], Rollouts]:
+def sampling(
+    lm: LanguageModel, prompts: np.ndarray, each: int, new: int, *, eight_bit: bool = False
+) -> Callable[[int], Rollouts]:
     """prompts [A, P] int32 -> a function of a seed that samples `each` rollouts of `new` tokens of each prompt.
 
     With entropies and log-probabilities, as the pipeline decodes; a prompt is read and held once.
     """
-    count, width = prompts.shape
-    context = jnp.asarray(prompts), jnp.full(count, width, jnp.int32)
-    budget = jnp.full((count, each), new, jnp.int32)
-    static = {"rules": (), "max_new": new, "groups": count, "members": each}
+    budget = np.full((len(prompts), each), new, np.int32)
+    return in_turn(lm, prompts, budget, len(prompts), each, eight_bit=eight_bit)
+
+
+def in_turn(
+    lm: LanguageModel, prompts: np.ndarray, budget: np.ndarray, groups: int, members: int, *, eight_bit: bool = False
+) -> Callable[[int], Rollouts]:
+    """The same of budget [A, N] int32 tokens each, by `groups` of `members` rows."""
+    (count, width), each = prompts.shape, budget.shape[1]
+    arrays = jnp.asarray(prompts), jnp.full(count, width, jnp.int32)
+    static = {"rules": (), "max_new": int(budget.max()), "groups": groups, "members": members, "eight_bit": eight_bit}
 
     def run(seed: int) -> Rollouts:
-        return roll_out(lm.model.graph, lm.model.params, *context, keys_of(seed, count, each), budget, NO_EOS, **static)
+        keys = keys_of(seed, count, each)
+        return roll_out(lm.model.graph, lm.model.params, *arrays, keys, jnp.asarray(budget), NO_EOS, **static)
 
     return run
 

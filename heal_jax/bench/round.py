@@ -76,8 +76,8 @@ class Work:
     def __post_init__(self) -> None:
         self.arrays = prepare(self.config, self.lm.tokenizer, self.problems)
         self.most = bucket(self.config.sample.max_new_tokens)
-        unsolved = sum(p.level == "hard" for p in self.problems)
-        self.spec = RoundSpec((), self.most, self.config.gear, self.config.pure, unsolved)
+        gear = dataclasses.replace(self.config.gear, slots=sum(p.level == "hard" for p in self.problems))
+        self.spec = RoundSpec((), self.most, gear, self.config.pure)
         self.device: Problems = jax.device_put(self.arrays)
         # No rollout holds an answer of one token that there is not: nothing is solved, nothing scored.
         wrong = jnp.full_like(self.device.answer, -2), jnp.ones_like(self.device.answer_length)
@@ -116,7 +116,7 @@ class Work:
         names = [tuple(f"{p.id}/base/{i}/s0" for i in range(config.sample.n)) for p in self.problems]
         base = sampled([Group(*pair, self.most) for pair in zip(prompts, names)], len(self.problems))
         groups, kept = self._paths(base, prompts, hints)
-        repairs = sampled(groups, self.spec.slots * config.gear.paths)
+        repairs = sampled(groups, self.spec.gear.slots * config.gear.paths)
         texts = [
             (context, tuple(map(int, d.tokens)))
             for (i, context), several in zip(kept, repairs)
@@ -133,7 +133,7 @@ class Work:
         """Groups of repairs, and of each its problem and the context without the hint."""
         config, spec = self.config, self.config.gear
         chosen: list[tuple[int, int, Decoded]] = []
-        for i, several in enumerate(base[: self.spec.slots]):
+        for i, several in enumerate(base[: self.spec.gear.slots]):
             failed: dict[tuple[int, ...], tuple[int, int, Decoded]] = {}
             for j, d in enumerate(several):
                 if not self._right(i, d):

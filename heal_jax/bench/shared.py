@@ -1,26 +1,18 @@
 """What is held and read once: prompts, kept prefixes, contexts of what PURE scores; and what recording costs."""
 
-import itertools
-from collections.abc import Callable
-
 import jax
 import numpy as np
 
 from heal_jax.bench import ours
 from heal_jax.bench.context import Bench
 from heal_jax.bench.figure import Figure
-from heal_jax.bench.timing import Side, timed
-from heal_jax.rollout.decode import Rollouts
+from heal_jax.bench.timing import seeded, timed
+from heal_jax.model.kv_cache import bytes_per_slot
 
 
 def decoding(bench: Bench) -> list[Figure]:
     """Repairs of a kept prefix, and rollouts of a long prompt."""
     return [*_repairs(bench), *_prompts(bench)]
-
-
-def _side(sample: Callable[[int], Rollouts]) -> Side:
-    seeds = itertools.count()
-    return timed(lambda: sample(next(seeds)))
 
 
 def _repairs(bench: Bench) -> list[Figure]:
@@ -30,12 +22,12 @@ def _repairs(bench: Bench) -> list[Figure]:
     bench.say(f"decode: {each} repairs after {kept} tokens")
     took = bench.turns(
         {
-            "ours": _side(ours.sampling(bench.lm, prefix, each, new)),
-            "each": _side(ours.reading_each(bench.lm, prefix, each, new)),
+            "ours": seeded(ours.sampling(bench.lm, prefix, each, new)),
+            "each": seeded(ours.reading_each(bench.lm, prefix, each, new)),
         }
     )
-    name, c = f"{each} repairs, {kept} kept, {new} new tokens", bench.lm.model.config
-    slot = 2.0 * c.num_layers * c.num_kv_heads * c.head_dim * bench.products.head.dtype.itemsize
+    name = f"{each} repairs, {kept} kept, {new} new tokens"
+    slot = float(bytes_per_slot(bench.lm.model.config, bench.products.head.dtype))
     held = (kept + each * new) * slot, each * (kept + new) * slot
     return [
         Figure(name, "reading each prefix", took["ours"], took["each"], each * new, reach=3.0),
@@ -50,7 +42,7 @@ def _prompts(bench: Bench) -> list[Figure]:
     ways = {"long": (long, False), "short": (short, False), "copies": (long, True)}
     took = bench.turns(
         {
-            name: _side(ours.after_prompt(bench.lm, bench.tokens(1, width), each, new, copies=copies))
+            name: seeded(ours.after_prompt(bench.lm, bench.tokens(1, width), each, new, copies=copies))
             for name, (width, copies) in ways.items()
         }
     )

@@ -1,5 +1,6 @@
 """Repeats that take turns, so that what else the machine does falls on every side alike."""
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -20,6 +21,12 @@ def timed(work: Callable[[], Any]) -> Side:
         return time.perf_counter() - start
 
     return side
+
+
+def seeded(work: Callable[[int], Any]) -> Side:
+    """`timed` of a function of a seed, another one every time."""
+    seeds = itertools.count()
+    return timed(lambda: work(next(seeds)))
 
 
 def take_turns(sides: Mapping[str, Side], repeats: int) -> dict[str, tuple[float, ...]]:

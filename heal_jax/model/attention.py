@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from heal_jax.model.kv_cache import EightBit, Held
+
 QUERY_BLOCK = 512  # queries whose scores are held at once: 16k tokens would need [16k, 16k] a head
 
 
@@ -21,8 +23,8 @@ class Level(NamedTuple):
     b // (B / R). first, last [B, T] int32.
     """
 
-    keys: Array
-    values: Array
+    keys: Held
+    values: Held
     first: Array
     last: Array
 
@@ -59,15 +61,14 @@ def attention(q: Array, levels: Sequence[Level], *, scale: float) -> Array:
 
 def _block(q: Array, levels: Sequence[Level], scale: float) -> Array:
     if len(levels) == 1:
-        scores, values = _scores(q, levels[0], scale), levels[0].values
-        return _mix(jax.nn.softmax(scores, axis=-1), values, q.shape).astype(q.dtype)
+        return _mix(jax.nn.softmax(_scores(q, levels[0], scale), axis=-1), levels[0].values, q).astype(q.dtype)
     # Of each level: the largest score, the sum of exponentials over it, and the values weighted by them.
     peaks, sums, mixed = [], [], []
     for level in levels:
         scores = _scores(q, level, scale)
         peak = jnp.max(scores, axis=-1, keepdims=True)
         weights = jnp.exp(scores - peak)
-        mixed.append(_mix(weights, level.values, q.shape))
+        mixed.append(_mix(weights, level.values, q))
         peaks.append(_by_row(peak, q.shape))
         sums.append(_by_row(jnp.sum(weights, axis=-1, keepdims=True), q.shape))
     top = jnp.max(jnp.stack(peaks), axis=0)
@@ -81,23 +82,32 @@ def _scores(q: Array, level: Level, scale: float) -> Array:
 
     Rows, groups and queries share one axis, so that both products are plain batched matrix products.
     """
-    (b, h, t, e), (r, k) = q.shape, level.keys.shape[:2]
+    keys, steps = _times_steps(level.keys, q.dtype)
+    (b, h, t, e), (r, k) = q.shape, keys.shape[:2]
     m, g = b // r, h // k
     grouped = q.reshape(r, m, k, g, t, e).swapaxes(1, 2).reshape(r, k, m * g * t, e)
-    scores = jnp.einsum("rkne,rkes->rkns", grouped, level.keys, preferred_element_type=jnp.float32) * scale
-    at = jnp.arange(level.keys.shape[3])
+    scores = jnp.einsum("rkne,rkes->rkns", grouped, keys, preferred_element_type=jnp.float32) * (scale * steps)
+    at = jnp.arange(keys.shape[3])
     seen = (at >= level.first[:, :, None]) & (at < level.last[:, :, None])
     scores = scores.reshape(r, k, m, g, t, -1)
     # Not -inf: no NaN where all is masked.
     return jnp.where(seen.reshape(r, 1, m, 1, t, -1), scores, jnp.finfo(jnp.float32).min)
 
 
-def _mix(weights: Array, values: Array, shape: tuple[int, ...]) -> Array:
-    """weights [R, K, m, G, T, S], values [R, K, S, E] -> [B, H, T, E] float32."""
+def _mix(weights: Array, values: Held, q: Array) -> Array:
+    """weights [R, K, m, G, T, S], values [R, K, S, E] -> [B, H, T, E] float32, the shape of q."""
     r, k, m, g, t, s = weights.shape
-    flat = weights.astype(values.dtype).reshape(r, k, m * g * t, s)
-    out = jnp.einsum("rkns,rkse->rkne", flat, values, preferred_element_type=jnp.float32)
-    return _by_row(out.reshape(r, k, m, g, t, -1), shape)
+    numbers, steps = _times_steps(values, q.dtype)
+    flat = weights.reshape(r, k, m * g * t, s) * jnp.swapaxes(steps, -1, -2)
+    out = jnp.einsum("rkns,rkse->rkne", flat.astype(q.dtype), numbers, preferred_element_type=jnp.float32)
+    return _by_row(out.reshape(r, k, m, g, t, -1), q.shape)
+
+
+def _times_steps(held: Held, dtype: jnp.dtype) -> tuple[Array, Array]:
+    """What to multiply with in `dtype`, and the float32 steps of its slots, which scale scores or weights instead."""
+    if isinstance(held, EightBit):
+        return held.whole.astype(dtype), held.step
+    return held, jnp.ones((1, 1), jnp.float32)
 
 
 def _by_row(x: Array, shape: tuple[int, ...]) -> Array:

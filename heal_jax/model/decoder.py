@@ -1,16 +1,13 @@
 """The one decoder: embedding, pre-norm blocks with rotary grouped-query attention, gated MLP, output head.
 
 Letters in shapes: B rows, T tokens of this call, S cache slots, D hidden, H query heads, K key-value heads,
-G = H / K, E head dimension, V vocabulary. A row's tokens lie in one or more caches, one after another: those it shares
-with other rows (`View`) and its own. In each a token's slot is its place, so a row is described by lengths, and
-validity never depends on a token's id.
+G = H / K, E head dimension, V vocabulary.
 """
 
 import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +18,7 @@ from heal_jax.model.attention import Level, attention
 from heal_jax.model.config import DecoderConfig
 from heal_jax.model.experts import Experts
 from heal_jax.model.kernels import full_attention
+from heal_jax.model.kv_cache import Cache, Held, View, after, write
 from heal_jax.model.layers import in_turn
 from heal_jax.model.mesh import constrain
 from heal_jax.model.rope import rotate
@@ -29,68 +27,6 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
 }
-
-
-class Cache(NamedTuple):
-    """Keys and values of the tokens seen so far.
-
-    keys: one [B, K, E, S] array a layer (slots last: the product with one query then runs along memory, four times
-    faster on a CPU); values: one [B, K, S, E] array a layer; length: [B] int32, tokens held by each row.
-    """
-
-    keys: tuple[Array, ...]
-    values: tuple[Array, ...]
-    length: Array
-
-
-def empty_cache(config: DecoderConfig, rows: int, slots: int, dtype: jnp.dtype) -> Cache:
-    """A cache with room for `slots` tokens in each of `rows` rows, nothing in it."""
-    lead = (rows, config.num_kv_heads)
-    keys = tuple(jnp.zeros((*lead, config.head_dim, slots), dtype) for _ in range(config.num_layers))
-    values = tuple(jnp.zeros((*lead, slots, config.head_dim), dtype) for _ in range(config.num_layers))
-    return Cache(keys, values, jnp.zeros(rows, jnp.int32))
-
-
-class View(NamedTuple):
-    """What B rows see of a cache of R rows, which B / R adjacent ones share each, and which stays as it is.
-
-    start [B] int32: position of the first token seen; first, last [B] int32: the slots first <= s < last are seen.
-    """
-
-    cache: Cache
-    start: Array
-    first: Array
-    last: Array
-
-    @property
-    def end(self) -> Array:
-        """[B] int32: position of what comes after it."""
-        return self.start + self.last - self.first
-
-    def repeat(self, times: int) -> "View":
-        """The same cache, shared by `times` as many rows."""
-        return View(self.cache, *(jnp.repeat(x, times) for x in self[1:]))
-
-
-def view(cache: Cache, before: View | None = None) -> View:
-    """Each row's own cache, all of it; `before`: what the rows see before it."""
-    zero = jnp.zeros_like(cache.length)
-    return View(cache, zero if before is None else before.end, zero, cache.length)
-
-
-def _write(slots: Array, new: Array, at: Array, axis: int) -> Array:
-    """Put the keys or values of one token a row into slots [B, ..., S, ...] along `axis`, at slot `at` (a scalar, or
-    [B] int32: each row's own); `new` alike with 1 in place of S. Beyond the last slot nothing is written.
-    """
-    new = new.astype(slots.dtype)
-    if at.ndim == 0:
-        return jax.lax.dynamic_update_slice_in_dim(slots, new, at, axis)
-
-    def row(slots: Array, new: Array, at: Array) -> Array:
-        index = (slice(None),) * (axis - 1) + (at[None],)
-        return slots.at[index].set(new, mode="drop")
-
-    return jax.vmap(row)(slots, new, at)
 
 
 class RMSNorm(nnx.Module):
@@ -221,9 +157,9 @@ class Block(nnx.Module):
         positions: Array,
         slots: Array,
         segments: Array | None = None,
-        cached: tuple[Array, Array] | None = None,
-        views: Sequence[tuple[Array, Array, View]] = (),
-    ) -> tuple[Array, tuple[Array, Array]]:
+        cached: tuple[Held, Held] | None = None,
+        views: Sequence[tuple[Held, Held, View]] = (),
+    ) -> tuple[Array, tuple[Held, Held]]:
         """x [B, T, D], positions and slots [B, T] or [1, T] int32 -> x [B, T, D], and the rows' own keys and values.
 
         Without `cached` these are the T tokens'; with it (T = 1) they are written into it at `slots`. views: keys and
@@ -231,16 +167,16 @@ class Block(nnx.Module):
         """
         c, window = self.config, self.config.layer_window(self.layer)
         q, k, v = self.queries_keys_values(self.attn_norm(x), positions)
-        scale, own = c.query_scale**-0.5, (k, v)
+        scale, own = c.query_scale**-0.5, tuple[Held, Held]((k, v))
         if cached is None and not views:
             mixed = full_attention(q, k, v, segments, scale=scale, window=window)
         else:
             if cached is not None:
                 at = slots[0, 0] if slots.shape[0] == 1 else slots[:, 0]
-                own = _write(cached[0], k, at, axis=3), _write(cached[1], v, at, axis=2)
+                own = write(cached[0], k, at, axis=3), write(cached[1], v, at, axis=2)
             rows = x.shape[:2]
 
-            def level(keys: Array, values: Array, first: Array, last: Array, back: Array) -> Level:
+            def level(keys: Held, values: Held, first: Array, last: Array, back: Array) -> Level:
                 """`back`: the slot that each query's own token has or would have there, for the sliding window."""
                 first = jnp.maximum(first, back - window + 1) if window else first
                 return Level(keys, values, jnp.broadcast_to(first, rows), jnp.broadcast_to(last, rows))
@@ -310,13 +246,13 @@ class Decoder(nnx.Module):
             x = in_turn(apply, self.blocks, self.config, x, remat)
         return self.norm(x)
 
-    def read(self, tokens: Array, count: Array, views: Sequence[View] = ()) -> tuple[Array, Cache]:
+    def read(self, tokens: Array, count: Array, views: tuple[View, ...] = ()) -> tuple[Array, Cache]:
         """A full pass over what follows `views` in each row, and its keys and values.
 
         tokens [B, T] int32 of which the first count[b] are real -> hidden [B, T, D] and a cache of T slots.
         """
         slots = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-        positions = _after(views, tokens.shape[0]) + slots
+        positions = after(views, tokens.shape[0]) + slots
         x = constrain(self._embed(tokens), "context", None, None)
         keys, values = [], []
         with self._precision():
@@ -327,13 +263,13 @@ class Decoder(nnx.Module):
                 values.append(v)
         return self.norm(x), Cache(tuple(keys), tuple(values), count)
 
-    def extend(self, tokens: Array, cache: Cache, at: Array, views: Sequence[View] = ()) -> tuple[Array, Cache]:
+    def extend(self, tokens: Array, cache: Cache, at: Array, views: tuple[View, ...] = ()) -> tuple[Array, Cache]:
         """One more token a row, which takes slot `at` of the row's own cache (int32: one for all rows, or [B]).
 
         tokens [B] int32 -> hidden [B, D] and the cache; its lengths are the caller's to count.
         """
         slots = jnp.atleast_1d(at)[:, None]
-        positions = jnp.broadcast_to(_after(views, tokens.shape[0]) + slots, (tokens.shape[0], 1))
+        positions = jnp.broadcast_to(after(views, tokens.shape[0]) + slots, (tokens.shape[0], 1))
         x = self._embed(tokens[:, None])
         keys, values = [], []
         with self._precision():
@@ -352,12 +288,7 @@ class Decoder(nnx.Module):
             return product(hidden, kernel, jnp.float32)
 
 
-def _after(views: Sequence[View], rows: int) -> Array:
-    """Position of what follows the views: [B, 1] int32."""
-    return views[-1].end[:, None] if views else jnp.zeros((rows, 1), jnp.int32)
-
-
-def _layer(views: Sequence[View], layer: int) -> list[tuple[Array, Array, View]]:
+def _layer(views: tuple[View, ...], layer: int) -> list[tuple[Held, Held, View]]:
     return [(view.cache.keys[layer], view.cache.values[layer], view) for view in views]
 
 

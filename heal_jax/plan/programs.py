@@ -163,6 +163,7 @@ class RollOut(Program):
                 groups=over.groups,
                 members=over.members,
                 done=over.done,
+                eight_bit=over.eight_bit,
             )
 
     def analytic(self) -> tuple[float, float, float]:

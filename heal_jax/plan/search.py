@@ -19,6 +19,7 @@ from heal_jax.config import Config, MeshSpec
 from heal_jax.divide import divides, sizes
 from heal_jax.errors import InputError
 from heal_jax.model.config import DecoderConfig
+from heal_jax.model.kv_cache import bytes_per_slot
 from heal_jax.model.mesh import make_mesh, shapes
 from heal_jax.plan import backend
 from heal_jax.plan.estimate import Estimate, Memory, estimate
@@ -150,9 +151,11 @@ def _cache(program: Program, mesh: Mesh) -> float:
     """Bytes a chip of a roll-out's caches, split as well as the mesh allows."""
     if not isinstance(program, RollOut):
         return 0.0
-    c, b = program.model.config, program.over
-    width = 2 * c.num_layers * c.num_kv_heads * c.head_dim * jnp.dtype(program.model.dtype).itemsize
-    return width * (b.rows * b.slots + b.groups * program.shared_slots) / mesh.size
+    b = program.over
+    dtype = jnp.int8 if b.eight_bit else jnp.dtype(program.model.dtype)
+    return (
+        bytes_per_slot(program.model.config, dtype) * (b.rows * b.slots + b.groups * program.shared_slots) / mesh.size
+    )
 
 
 def depths(config: DecoderConfig) -> tuple[int, int]:

@@ -13,7 +13,8 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from heal_jax.model.decoder import Cache, Decoder, View, empty_cache, view
+from heal_jax.model.decoder import Decoder
+from heal_jax.model.kv_cache import Cache, View, empty_cache, view
 from heal_jax.model.mesh import constrain, parts_here
 from heal_jax.rollout.draw import Drawn, draw, typed
 from heal_jax.rollout.sampling import Rule
@@ -46,11 +47,8 @@ def in_view(repeats: int) -> int:
 
 def placed(cache: Cache, rows: str) -> Cache:
     """The cache split over the mesh: rows as logical axis `rows` says, and key-value heads."""
-
-    def split(layers: tuple[Array, ...]) -> tuple[Array, ...]:
-        return tuple(constrain(x, rows, "kv_heads", None, None) for x in layers)
-
-    return Cache(split(cache.keys), split(cache.values), constrain(cache.length, rows))
+    keys, values = jax.tree.map(lambda x: constrain(x, rows, "kv_heads", None, None), cache[:2])
+    return Cache(keys, values, constrain(cache.length, rows))
 
 
 def last_hidden(hidden: Array, count: Array) -> Array:
@@ -92,12 +90,14 @@ def decode(
     rules: tuple[Rule, ...],
     max_new: int,
     done: int = 0,
+    eight_bit: bool = False,
 ) -> tuple[Rollouts, Cache]:
     """One rollout a row, until an EOS or its budget; all start together.
 
     hidden [B, D]: what predicts the first token; views: the context of each row; keys [B] typed PRNG keys; budget [B]
     int32 <= max_new; eos_ids [E] int32; done: tokens of each rollout that its context ends with, after which its draws
-    are numbered. Returns B rollouts and the keys and values of what was decoded.
+    are numbered; eight_bit: hold new keys and values in a byte a number. Returns B rollouts and the keys and values of
+    what was decoded.
     """
     rows = hidden.shape[0]
 
@@ -110,7 +110,7 @@ def decode(
         goes_on = active & ~ended & (new.length < budget)
         return _Rows(constrain(hidden, "row", "hidden"), placed(cache, "batch"), goes_on, new)
 
-    own = placed(empty_cache(model.config, rows, max_new, hidden.dtype), "batch")
+    own = placed(empty_cache(model.config, rows, max_new, jnp.int8 if eight_bit else hidden.dtype), "batch")
     start = _Rows(constrain(hidden, "row", "hidden"), own, budget > 0, _blank(rows, max_new))
     with jax.named_scope(STEPS):
         end = jax.lax.while_loop(lambda state: jnp.any(state.active), step, start)
@@ -157,17 +157,18 @@ def decode_queue(
     groups: int,
     members: int,
     done: int = 0,
+    eight_bit: bool = False,
 ) -> Rollouts:
     """N rollouts of each context by fewer rows: the row of a finished rollout takes the next.
 
     context [Q, P] int32 with context_length [Q] (0: padding, after all others of its part of the mesh); keys [Q, N, 2]
-    uint32, budget [Q, N] int32; done: as in `decode`. `groups` of `members` rows have up to two contexts in view each:
-    while the last rollouts of one are decoded the rows that are done with it begin with the other, and when a row has
-    nothing to begin, the next context is read; when there is none, the group takes over half of what another has not
-    begun. Returns Q * N rollouts.
+    uint32, budget [Q, N] int32; done, eight_bit: as in `roll_out`. `groups` of `members` rows have up to two contexts
+    in view each: while the last rollouts of one are decoded the rows that are done with it begin with the other, and
+    when a row has nothing to begin, the next context is read; when there is none, the group takes over half of what
+    another has not begun. Returns Q * N rollouts.
     """
     (count, width), n, dtype = context.shape, budget.shape[1], model.embed[...].dtype
-    views = in_view(n)
+    views, held = in_view(n), jnp.int8 if eight_bit else dtype
     parts = parts_here(count, groups)
     of_part, per_part = count // parts, groups // parts  # contexts and groups
 
@@ -207,6 +208,7 @@ def decode_queue(
         given = (most & shares[:, None]).reshape(groups, views)  # who gives up half
         tokens, length = (jax.vmap(lambda x, i: x[i])(x, number) for x in (context, context_length))
         hidden, fresh = model.read(tokens, length)
+        fresh = fresh.eight_bit() if eight_bit else fresh
 
         def spread(x: Array) -> Array:
             """Of a part [D, ...] -> of its groups [G, ...]."""
@@ -234,8 +236,8 @@ def decode_queue(
             ),
             shared=placed(
                 Cache(
-                    tuple(put(old, new, 3) for old, new in zip(state.shared.keys, fresh.keys)),
-                    tuple(put(old, new, 2) for old, new in zip(state.shared.values, fresh.values)),
+                    jax.tree.map(partial(put, axis=3), state.shared.keys, fresh.keys),
+                    jax.tree.map(partial(put, axis=2), state.shared.values, fresh.values),
                     state.shared.length,
                 ),
                 "context",
@@ -324,13 +326,13 @@ def decode_queue(
         active=of_rows > 0,
         keys=jnp.zeros((groups, members, 2), jnp.uint32),
         hidden=jnp.zeros((groups, members, size), dtype),
-        cache=placed(empty_cache(model.config, groups * members, max_new, dtype), "batch"),
+        cache=placed(empty_cache(model.config, groups * members, max_new, held), "batch"),
         context=of_views,
         started=of_views,
         stop=of_views,
         length=of_views,
         first_hidden=jnp.zeros((groups, views, size), dtype),
-        shared=placed(empty_cache(model.config, groups, views * width, dtype), "context"),
+        shared=placed(empty_cache(model.config, groups, views * width, held), "context"),
         loaded=jnp.zeros(parts, jnp.int32),
         out=_blank(parts, of_part * n, max_new),
     )
@@ -339,7 +341,7 @@ def decode_queue(
     return Rollouts._make([*(x.reshape(-1, *x.shape[2:]) for x in end.out[:6]), end.out.steps])
 
 
-@partial(jax.jit, static_argnames=("graph", "rules", "max_new", "groups", "members", "done"))
+@partial(jax.jit, static_argnames=("graph", "rules", "max_new", "groups", "members", "done", "eight_bit"))
 def roll_out(
     graph: nnx.GraphDef,
     params: nnx.State,
@@ -354,25 +356,24 @@ def roll_out(
     groups: int,
     members: int,
     done: int = 0,
+    eight_bit: bool = False,
 ) -> Rollouts:
     """N rollouts of each of Q contexts, each context computed and held once.
 
     context [Q, P] int32 with context_length [Q]; keys [Q, N, 2] uint32 and budget [Q, N] int32. With groups * members =
-    Q * N rows all rollouts are decoded at once, with fewer one after another (`decode_queue`); done: as in `decode`.
-    Returns Q * N rollouts.
+    Q * N rows all rollouts are decoded at once, with fewer one after another (`decode_queue`); done: as in `decode`;
+    eight_bit: hold all keys and values in a byte a number. Returns Q * N rollouts.
     """
     model = nnx.merge(graph, params)
     count, n = budget.shape
     if groups * members < count * n:
         queue = context, context_length, keys, budget
-        return decode_queue(model, *queue, eos_ids, rules, max_new, groups, members, done)
+        return decode_queue(model, *queue, eos_ids, rules, max_new, groups, members, done, eight_bit)
     hidden, cache = model.read(context, context_length)
     last = last_hidden(constrain(hidden, "context", None, None), context_length)
-    seen = view(placed(cache, "context")).repeat(n)
-    out, _ = decode(
-        model, jnp.repeat(last, n, axis=0), (seen,), typed(keys), budget.reshape(-1), eos_ids, rules, max_new, done
-    )
-    return out
+    seen = view(placed(cache.eight_bit() if eight_bit else cache, "context")).repeat(n)
+    rows = jnp.repeat(last, n, axis=0), (seen,), typed(keys), budget.reshape(-1)
+    return decode(model, *rows, eos_ids, rules, max_new, done, eight_bit)[0]
 
 
 def key_words(digest: bytes) -> np.ndarray:

@@ -18,7 +18,8 @@ from jax import Array
 
 from heal_jax import gear
 from heal_jax.config import GearSpec, PureSpec
-from heal_jax.model.decoder import Cache, Decoder, View, view
+from heal_jax.model.decoder import Decoder
+from heal_jax.model.kv_cache import Cache, View, view
 from heal_jax.model.mesh import constrain, parts_here
 from heal_jax.pure import purity, scored_steps
 from heal_jax.rollout.decode import Rollouts, decode, last_hidden, placed
@@ -75,14 +76,12 @@ class Round(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class RoundSpec:
-    """The static side of a round. slots: problems that are repaired, at most; those beyond are left to the repair
-    stage."""
+    """The static side of a round. Problems beyond gear.slots are left to the repair stage."""
 
     rules: tuple[Rule, ...]
     max_new: int
     gear: GearSpec
     pure: PureSpec
-    slots: int
 
 
 @partial(jax.jit, static_argnames=("graph", "spec"))
@@ -94,7 +93,7 @@ def heal_round(graph: nnx.GraphDef, params: nnx.State, problems: Problems, eos_i
     """
     model, config = nnx.merge(graph, params), spec.gear
     (count, n), repairs = problems.sample_keys.shape[:2], problems.repair_keys.shape[2]
-    parts = parts_here(count, spec.slots)
+    parts = parts_here(count, config.slots)
 
     # Sample.
     hidden, cache = model.read(problems.prompt, problems.prompt_length)
@@ -117,7 +116,7 @@ def heal_round(graph: nnx.GraphDef, params: nnx.State, problems: Problems, eos_i
     breakpoint, kept = _breakpoints(base, _steps(base, problems.newlines), problems.breakpoint_keys, config)
     failed = _first_distinct(base, correct, n)
     open_ = (jnp.sum(correct.reshape(count, n), axis=1) <= config.max_correct) & jnp.any(failed, axis=1)
-    slot = _first_set(open_.reshape(parts, -1), spec.slots // parts)  # [D, U / D], among the part's problems
+    slot = _first_set(open_.reshape(parts, -1), config.slots // parts)  # [D, U / D], among the part's problems
     path = _first_set(pick(failed, jnp.maximum(slot, 0).reshape(-1), parts), config.paths)  # [U, F], of its N
     path = jnp.where(slot.reshape(-1, 1) < 0, -1, path)
     of_slot = jnp.maximum(slot, 0).reshape(-1)

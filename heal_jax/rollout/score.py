@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from heal_jax.model.decoder import Decoder, View, view
+from heal_jax.model.decoder import Decoder
+from heal_jax.model.kv_cache import View, view
 from heal_jax.model.mesh import constrain, parts_here
 from heal_jax.rollout.draw import entropy_of
 
