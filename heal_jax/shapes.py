@@ -52,7 +52,7 @@ class Shape:
         """Of a row's own cache."""
         return bucket(self.max_new)
 
-    def stretches(self) -> "list[Shape]":
+    def legs(self) -> "list[Shape]":
         """The programs that decode it, one after another: the first to cache_tokens a rollout; each of the others goes
         on with the rollouts that are not done, in half as many rows, to twice as many tokens. What a row holds of a
         rollout doubles as rows are halved: caches stay as large as the first program's, prompts apart.

@@ -195,7 +195,7 @@ def test_rows_are_seldom_idle(models):
 
 
 @pytest.mark.parametrize("rows", [None, (2, 2)], ids=["at once", "in turn"])
-def test_a_rollout_in_stretches_is_the_same_rollout(teacher, rows):
+def test_a_rollout_in_legs_is_the_same_rollout(teacher, rows):
     """Rollouts of up to 96 tokens, whole and with room for 16 at first: the same tokens, records and ends."""
     prompts = [teacher.tokenizer.prompt(text) for text in ("7+8", "25+38+4", "81-7+12-3")]
     groups = [
@@ -206,7 +206,7 @@ def test_a_rollout_in_stretches_is_the_same_rollout(teacher, rows):
     if rows:
         whole = dataclasses.replace(whole, groups=rows[0], members=rows[1])
     parts = dataclasses.replace(whole, cache_tokens=16)
-    assert [(s.max_new, s.done) for s in parts.stretches()] == [(16, 0), (16, 16), (32, 32), (32, 64)]
+    assert [(s.max_new, s.done) for s in parts.legs()] == [(16, 0), (16, 16), (32, 32), (32, 64)]
     made, again = ([d for several in generate(teacher, groups, shape, ()) for d in several] for shape in (whole, parts))
     assert max(len(d.tokens) for d in made) > 64 and any(16 < len(d.tokens) < 64 for d in made)
     for a, b in zip(made, again, strict=True):
@@ -217,14 +217,14 @@ def test_a_rollout_in_stretches_is_the_same_rollout(teacher, rows):
 
 
 @given(st.integers(1, 64), st.integers(1, 30), st.integers(1, 1000), st.integers(1, 9000), st.integers(1, 900))
-def test_stretches_hold_what_the_first_holds(groups, members, context, most, first):
+def test_legs_hold_what_the_first_holds(groups, members, context, most, first):
     shape = Shape(groups * 3, members * 2, bucket(context), most, groups, members, first)
-    stretches = shape.stretches()
-    assert sum(s.max_new for s in stretches) == most and stretches[0].max_new == min(first, most)
-    for i, stretch in enumerate(stretches):
-        assert stretch.done == sum(s.max_new for s in stretches[:i]) and (not i or stretch.max_new <= stretch.done)
-        held = stretch.max_new + (stretch.done and stretch.context_length - shape.context_length)
-        assert stretch.rows == 1 or stretch.rows * held <= shape.rows * (stretches[0].max_new + BUCKET)
+    legs = shape.legs()
+    assert sum(s.max_new for s in legs) == most and legs[0].max_new == min(first, most)
+    for i, leg in enumerate(legs):
+        assert leg.done == sum(s.max_new for s in legs[:i]) and (not i or leg.max_new <= leg.done)
+        held = leg.max_new + (leg.done and leg.context_length - shape.context_length)
+        assert leg.rows == 1 or leg.rows * held <= shape.rows * (legs[0].max_new + BUCKET)
 
 
 def test_memory_of_long_rollouts_is_bounded(teacher):
@@ -237,7 +237,7 @@ def test_memory_of_long_rollouts_is_bounded(teacher):
         return lowered.compile().memory_analysis().temp_size_in_bytes
 
     whole = Shape(64, 8, 32, 1024, 32, 4)
-    short, *longer = map(scratch, dataclasses.replace(whole, cache_tokens=128).stretches())
+    short, *longer = map(scratch, dataclasses.replace(whole, cache_tokens=128).legs())
     assert len(longer) == 3 and max(longer) < 1.3 * short  # reading takes some
     assert 5 * short < scratch(whole)
 

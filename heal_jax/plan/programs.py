@@ -304,19 +304,19 @@ def _all(config: Config, work: Workload, mesh: Mesh, teacher: Weights, student: 
     def rolled(
         stage: str, model: Weights, shape: Shape, units: float, *resident: Weights, calls: int = 1
     ) -> Iterator[RollOut]:
-        """Every stretch of the rollouts' tokens; each rollout has work.decode_steps."""
+        """Every leg of the rollouts' tokens; each rollout has work.decode_steps."""
         batches, parts = calls * math.ceil(units / shape.contexts), batch_parts(mesh)
         spec = config.sample
         if stage.startswith("evaluate"):
             spec = dataclasses.replace(spec, temperature=config.evaluate.temperature)
-        for stretch in shape.stretches():
-            over, there = dealt(stretch, parts)[0], filled(shape, units) * shape.repeats // stretch.repeats
-            tokens = max(0, min(work.decode_steps - stretch.done, stretch.max_new))
+        for leg in shape.legs():
+            over, there = dealt(leg, parts)[0], filled(shape, units) * shape.repeats // leg.repeats
+            tokens = max(0, min(work.decode_steps - leg.done, leg.max_new))
             steps = tokens * (1 if over.at_once else math.ceil(there * over.repeats / over.rows))
             reads = math.ceil(there / _split(over, parts)) if tokens and not over.at_once else 0
-            name = f"{stage} beyond {stretch.done}" if stretch.done else stage
+            name = f"{stage} beyond {leg.done}" if leg.done else stage
             loops = batches if tokens else 0, steps, reads
-            yield RollOut((name,), model, resident, *loops, batch=stretch, drawn=rules(spec), parts=parts)
+            yield RollOut((name,), model, resident, *loops, batch=leg, drawn=rules(spec), parts=parts)
 
     def scored(stage: str, shape: Shape, units: float, context: int) -> Score:
         """Every rollout of a stage, call by call: at most so many, since only the correct are scored."""

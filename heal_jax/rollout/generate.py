@@ -106,12 +106,12 @@ def batch_arrays(groups: Sequence[Group], shape: Shape, parts: int) -> tuple[np.
 def generate(lm: LanguageModel, groups: Sequence[Group], shape: Shape, rules: tuple[Rule, ...]) -> list[list[Decoded]]:
     """Decode a shard: at most shape.contexts groups of shape.repeats rollouts -> the rollouts of each group.
 
-    By the programs of `Shape.stretches`; reading a rollout's first tokens again is how vLLM, too, goes on with what
+    By the programs of `Shape.legs`; reading a rollout's first tokens again is how vLLM, too, goes on with what
     lost its cache (Kwon et al., arXiv 2309.06180, 4.5).
     """
-    first, *longer = shape.stretches()
+    first, *longer = shape.legs()
     made = _decode(lm, groups, first, rules)
-    for stretch in longer:
+    for leg in longer:
         left = [
             (i, j)
             for i, (group, several) in enumerate(zip(groups, made))
@@ -128,7 +128,7 @@ def generate(lm: LanguageModel, groups: Sequence[Group], shape: Shape, rules: tu
             )
             for i, j in left
         ]
-        for (i, j), (more,) in zip(left, _decode(lm, rest, stretch, rules)):
+        for (i, j), (more,) in zip(left, _decode(lm, rest, leg, rules)):
             made[i][j] = made[i][j].followed_by(more)
     return made
 
