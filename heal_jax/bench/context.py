@@ -30,6 +30,7 @@ class Bench:
     def __post_init__(self) -> None:
         self.products = Products(self.lm.model)
         self._peers: dict[str, Peer | None] = {}
+        self._asked: list[Side] = []
 
     def tokens(self, rows: int, length: int) -> np.ndarray:
         """Random ids [rows, length] int32, the same every time; ids below 16, often special, are left out."""
@@ -65,11 +66,17 @@ class Bench:
         if answer.get("shape") != wanted:
             self.note(f"{tool}: made {answer.get('shape')} tokens, not {wanted}: not the same work, left out")
             return None
-        return lambda: peer.ask(do, **request)["seconds"]
+
+        def side() -> float:
+            return peer.ask(do, **request)["seconds"]
+
+        self._asked.append(side)
+        return side
 
     def turns(self, sides: dict[str, Side | None]) -> dict[str, tuple[float, ...]]:
         """Seconds of the sides that are there."""
-        return take_turns({name: side for name, side in sides.items() if side is not None}, self.repeats)
+        there = {name: side for name, side in sides.items() if side is not None}
+        return take_turns(there, self.repeats, self._asked)
 
     def note(self, text: str) -> None:
         """For the end of the output, and at once."""

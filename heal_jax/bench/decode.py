@@ -15,8 +15,7 @@ from heal_jax.bench.timing import Side, seeded
 STEPS = 3  # of the limit's decode steps that are run for one repeat; the others would be the same
 TRANSFORMERS: dict[str, dict[str, str | bool]] = {
     "transformers": {"cache": "dynamic"},
-    "transformers, static cache": {"cache": "static"},
-    "transformers, compiled": {"cache": "static", "compiled": True},
+    "transformers, static cache, compiled": {"cache": "static", "compiled": True},
 }
 ALONE = "without entropies and log-probabilities"
 EIGHT_BIT = "ours, int8 cache"
@@ -25,7 +24,7 @@ REACH = {"transformers": 2.2, "Tunix sampler": 1.5, ALONE: 0.97}
 
 def figures(bench: Bench) -> list[Figure]:
     """One prompt a row, nothing shared; temperature 1, no EOS, the same number of tokens on every side."""
-    small, large, prompt, new, few = (2, 4, 8, 4, 4) if bench.quick else (32, 128, 32, 64, 32)
+    small, large, prompt, new, few = (2, 4, 8, 4, 4) if bench.quick else (32, 128, 16, 48, 16)
     beside = [*_beside_others(bench, small, prompt, new), _beside_limit(bench, large, prompt, few)]
     return [*beside, *_refilled(bench, prompt)]
 
@@ -117,7 +116,7 @@ def _each(batches: Sequence[Callable[[int], Any]], seed: int) -> list[Any]:
 def _refilled(bench: Bench, prompt: int) -> list[Figure]:
     """Rows that take one rollout after another, against batches that each go on to their longest: where lengths spread
     10:1, and where all are equal, which shows what taking turns costs."""
-    contexts, each, groups, members = (4, 2, 2, 1) if bench.quick else (12, 8, 4, 4)
+    contexts, each, groups, members = (4, 2, 2, 1) if bench.quick else (8, 8, 4, 4)
     rows, prompts = groups * members, bench.tokens(contexts, prompt)
     spread = np.random.default_rng(0).integers(2, 21, (contexts, each), dtype=np.int32)
     found = []

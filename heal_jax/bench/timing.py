@@ -3,7 +3,7 @@
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -29,13 +29,15 @@ def seeded(work: Callable[[int], Any]) -> Side:
     return timed(lambda: work(next(seeds)))
 
 
-def take_turns(sides: Mapping[str, Side], repeats: int) -> dict[str, tuple[float, ...]]:
-    """Seconds of `repeats` repeats of every side, in the order A B C A B C; each was done once before, untimed.
-
-    A first time holds compilation, and allocations that later ones find made.
+def take_turns(
+    sides: Mapping[str, Side], repeats: int, done: Collection[Side | None] = ()
+) -> dict[str, tuple[float, ...]]:
+    """Seconds of `repeats` repeats of every side, in the order A B C A B C; each was done once before, untimed (`done`
+    already). A first time holds compilation, and allocations that later ones find made.
     """
     for side in sides.values():
-        side()
+        if side not in done:
+            side()
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(repeats):
         for name, side in sides.items():
