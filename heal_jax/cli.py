@@ -142,6 +142,8 @@ class BenchArguments:
     """Write every repeat to this file, too."""
     quick: bool = False
     """Smallest sizes: shows that it works, measures nothing."""
+    markdown: bool = False
+    """Print the table as Markdown, as the README has it."""
     tunix_python: str | None = None
     """The python of an environment with google-tunix; by default the one that HEAL_TUNIX_PYTHON names."""
 
@@ -305,7 +307,15 @@ def _bench(arguments: BenchArguments) -> None:
     from heal_jax.bench.run import run as bench
 
     a = arguments
-    bench(a.part, a.model, Console(highlight=False), file=a.json, quick=a.quick, tunix_python=a.tunix_python)
+    bench(
+        a.part,
+        a.model,
+        Console(highlight=False),
+        file=a.json,
+        quick=a.quick,
+        tunix_python=a.tunix_python,
+        table=a.markdown,
+    )
 
 
 def _stages(command: str, argv: list[str]) -> None:

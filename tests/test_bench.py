@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,12 +15,13 @@ from rich.console import Console
 
 from heal_jax.bench import ours
 from heal_jax.bench.context import Bench
-from heal_jax.bench.figure import Figure, digits, show
+from heal_jax.bench.figure import Figure, digits, markdown, show
 from heal_jax.bench.machine import Products
 from heal_jax.bench.opponents import Absent, Peer
 from heal_jax.bench.timing import median, take_turns
 from heal_jax.plan import flops
 
+ROOT = Path(__file__).parents[1]
 SECONDS = st.lists(st.floats(1e-4, 1e4), min_size=1, max_size=9).map(tuple)
 
 
@@ -53,7 +55,8 @@ def test_figures(ours_took, theirs_took, limit, reach, work):
     assert Figure("a", "b", twice, theirs_took).ratio == pytest.approx(figure.ratio / 2)
     bare = Figure("a", "b", ours_took, theirs_took).to_json()
     assert (bare["limit_fraction"], bare["limit_flops_per_second"], bare["reached"]) == (None, None, None)
-    json.dumps(figure.to_json(), allow_nan=False)
+    again = Figure.from_json(json.loads(json.dumps(figure.to_json(), allow_nan=False)))
+    assert again == figure and markdown([again]) == markdown([figure])
 
 
 @given(st.floats(1e-3, 1e9))
@@ -116,6 +119,14 @@ def test_a_tool_that_fails_is_left_out(teacher):
     side = bench.asking("torch", "decode", prompts=[[20]], new=2, seed=0, cache="dynamic")
     assert side is not None and side() > 0
     bench.close()
+
+
+def test_the_readme_has_what_was_measured():
+    """Its table is that of the stored run, made by a full run of the command that it names."""
+    result = json.loads((ROOT / "configs" / "results" / "bench-smollm2.json").read_text())
+    assert not result["quick"] and result["repeats"] >= 5
+    table = markdown([Figure.from_json(figure) for figure in result["figures"]])
+    assert table in (ROOT / "README.md").read_text()
 
 
 def test_a_quick_run(tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -64,20 +65,45 @@ class Figure:
         every = {**dataclasses.asdict(self), **derived}
         return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in every.items()}
 
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> "Figure":
+        """What `to_json` gave, read back from a file."""
+        fields: dict[str, Any] = {field.name: record[field.name] for field in dataclasses.fields(cls)}
+        fields |= {name: tuple(fields[name]) for name in ("ours", "theirs", "limit")}
+        return cls(**fields)
 
-def show(figures: list[Figure], console: Console) -> None:
+
+COLUMNS = ("what", "against", "unit", "ours", "theirs", "ratio", "reach", "limit")
+
+
+def _cells(f: Figure) -> tuple[str, ...]:
+    """Of a row of the table."""
+    reach = "" if f.reach is None else f"{f.reach:.2f}"
+    limit = "" if math.isnan(f.fraction) else f"{f.fraction:.0%}"
+    unit, scale = ("MB", 1e6) if f.quantity == "bytes" else (f.unit.replace("tokens", "tok"), 1.0)
+    sides = [digits(f.rate(values) / scale) for values in (f.ours, f.theirs)]
+    return f.name, f.against, unit, *sides, f"{f.ratio:.2f}", reach, limit
+
+
+def markdown(figures: Sequence[Figure]) -> str:
+    """The table as the README has it; ratios that miss their aim are in italics."""
+    rows = [list(COLUMNS), ["---"] * 3 + ["---:"] * 5]
+    for f in figures:
+        rows.append(list(_cells(f)))
+        if f.reached is False:
+            rows[-1][5] = f"*{rows[-1][5]}*"
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def show(figures: Sequence[Figure], console: Console) -> None:
     """The table: fits 80 columns. A missed aim is marked."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for i, column in enumerate(("ours", "against", "unit", "ours", "theirs", "ratio", "reach", "limit")):
+    for i, column in enumerate(COLUMNS):
         table.add_column(column, justify="left" if i < 3 else "right", no_wrap=i >= 2, ratio=1 if i < 2 else None)
-    table.columns[0].header = "what"
     for f in figures:
-        reach = "" if f.reach is None else f"{f.reach:.2f}"
-        ratio = Text(f"{f.ratio:.2f}", style={True: "green", False: "red", None: ""}[f.reached])
-        limit = "" if math.isnan(f.fraction) else f"{f.fraction:.0%}"
-        unit, scale = ("MB", 1e6) if f.quantity == "bytes" else (f.unit.replace("tokens", "tok"), 1.0)
-        sides = [digits(f.rate(values) / scale) for values in (f.ours, f.theirs)]
-        table.add_row(f.name, f.against, unit, *sides, ratio, reach, limit)
+        cells: list[str | Text] = [*_cells(f)]
+        cells[5] = Text(f"{f.ratio:.2f}", style={True: "green", False: "red", None: ""}[f.reached])
+        table.add_row(*cells)
     console.print(table)
     console.print(
         "Medians. ratio: how many times as much the other side takes; reach: what is aimed at; limit: the part of our "

@@ -13,13 +13,15 @@ from heal_jax.bench.context import Bench
 from heal_jax.bench.figure import Figure
 from heal_jax.bench.timing import median, timed
 from heal_jax.collect import cut
-from heal_jax.config import Config, GearSpec, ModelSpec, ProblemSpec, SampleSpec
+from heal_jax.config import Config, GearSpec, GradeSpec, ModelSpec, ProblemSpec, SampleSpec
 from heal_jax.model.lm import LanguageModel, open_model
 from heal_jax.problems.sources import Problem, load
 from heal_jax.rollout.generate import Decoded, Group, generate, pad_rows, score_texts, split_steps
 from heal_jax.rollout.heal_round import Problems, RoundSpec, heal_round
 from heal_jax.rollout.prepare import prepare
 from heal_jax.shapes import at_once, bucket, score_shape
+
+QUESTION = '{question}\nReply with one short sentence: "The answer is ...".'
 
 
 def figures(bench: Bench) -> list[Figure]:
@@ -43,7 +45,25 @@ def figures(bench: Bench) -> list[Figure]:
             found.append(Figure(name, "stages, nothing shared", took["ours"], took["unshared"], tokens, reach=2.0))
             share = 1 - median(took["without PURE"]) / median(took["ours"])
             bench.note(f"PURE's share of the fused round's time: {share:.0%} (aim: at most 25 %)")
-    return found
+    return found if bench.lm.folder == teacher.folder else [*found, _of_model(bench)]
+
+
+def _of_model(bench: Bench) -> Figure:
+    """Of the model given, with prompts as chat models have them; small sums that it is to answer in a sentence."""
+    problems = ProblemSpec("rg:chain_sum", limit=2 if bench.quick else 4, options={"max_terms": 3, "max_digits": 1})
+    config = Config(
+        sample=SampleSpec(QUESTION, n=3 if bench.quick else 8, max_new_tokens=32 if bench.quick else 64),
+        gear=GearSpec(paths=2 if bench.quick else 4, repairs=2 if bench.quick else 4),
+        problems=problems,
+        grade=GradeSpec(answer_open=" is ", answer_close="."),
+    )
+    work = Work(bench.lm, config, load(problems, config.grade.by, "problems"))
+    bench.say(f"round: {len(work.problems)} problems, {config.gear.paths} x {config.gear.repairs} repairs of each")
+    made = {"ours": work.fused, "unshared": work.unshared}
+    _same_work(bench, {name: make() for name, make in made.items()})
+    took = bench.turns({name: timed(make) for name, make in made.items()})
+    name = f"round of the model, {len(work.problems)} problems"
+    return Figure(name, "stages, nothing shared", took["ours"], took["unshared"], work.tokens, reach=2.0)
 
 
 def _problems(hard: int, easy: int, n: int, paths: int, repairs: int) -> tuple[Config, list[Problem]]:
@@ -67,7 +87,8 @@ def _same_work(bench: Bench, made: dict[str, Any]) -> None:
 
 @dataclasses.dataclass(eq=False)
 class Work:
-    """Problems whose first `unsolved` are; every way gives the lengths of base rollouts, repairs and scored texts."""
+    """Problems of which the easy ones, which come last, are solved, and the others not; every way gives the lengths of
+    base rollouts, repairs and scored texts."""
 
     lm: LanguageModel
     config: Config
@@ -76,7 +97,7 @@ class Work:
     def __post_init__(self) -> None:
         self.arrays = prepare(self.config, self.lm.tokenizer, self.problems)
         self.most = bucket(self.config.sample.max_new_tokens)
-        gear = dataclasses.replace(self.config.gear, slots=sum(p.level == "hard" for p in self.problems))
+        gear = dataclasses.replace(self.config.gear, slots=sum(p.level != "easy" for p in self.problems))
         self.spec = RoundSpec((), self.most, gear, self.config.pure)
         self.device: Problems = jax.device_put(self.arrays)
         # No rollout holds an answer of one token that there is not: nothing is solved, nothing scored.
@@ -116,7 +137,7 @@ class Work:
         names = [tuple(f"{p.id}/base/{i}/s0" for i in range(config.sample.n)) for p in self.problems]
         base = sampled([Group(*pair, self.most) for pair in zip(prompts, names)], len(self.problems))
         groups, kept = self._paths(base, prompts, hints)
-        repairs = sampled(groups, self.spec.gear.slots * config.gear.paths)
+        repairs = sampled(groups, self.spec.gear.slots * config.gear.paths) if groups else []
         texts = [
             (context, tuple(map(int, d.tokens)))
             for (i, context), several in zip(kept, repairs)

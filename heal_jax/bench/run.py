@@ -9,7 +9,7 @@ from rich.console import Console
 
 from heal_jax.bench import decode, machine, round, shared, train
 from heal_jax.bench.context import Bench
-from heal_jax.bench.figure import Figure, show
+from heal_jax.bench.figure import Figure, markdown, show
 from heal_jax.config import ModelSpec
 from heal_jax.model.lm import open_model
 from heal_jax.progress import Progress
@@ -25,9 +25,16 @@ REPEATS = 5
 
 
 def run(
-    part: str, model: str, console: Console, *, file: Path | None, quick: bool, tunix_python: str | None
+    part: str,
+    model: str,
+    console: Console,
+    *,
+    file: Path | None,
+    quick: bool,
+    tunix_python: str | None,
+    table: bool = False,
 ) -> list[Figure]:
-    """Measure one part, or all; the table, and JSON in `file`."""
+    """Measure one part, or all; the table (as Markdown, if `table`), and JSON in `file`."""
     start = time.monotonic()
     with Progress() as progress:
         lm = open_model(ModelSpec(model))
@@ -53,11 +60,11 @@ def run(
     }
     if file is not None:
         write_json(file, result)
-    _print(result, figures, console)
+    _print(result, figures, console, table)
     return figures
 
 
-def _print(result: dict[str, Any], figures: list[Figure], console: Console) -> None:
+def _print(result: dict[str, Any], figures: list[Figure], console: Console, table: bool) -> None:
     found, moved = result["machine"], result["machine"]["bytes_per_second"]
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     for line in (
@@ -69,6 +76,9 @@ def _print(result: dict[str, Any], figures: list[Figure], console: Console) -> N
     ):
         console.print(line, markup=False)
     console.print()
-    show(figures, console)
+    if table:
+        console.print(markdown(figures), markup=False, soft_wrap=True)
+    else:
+        show(figures, console)
     for note in result["notes"]:
         console.print(f"note: {note}", markup=False)

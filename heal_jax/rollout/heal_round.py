@@ -89,7 +89,8 @@ def heal_round(graph: nnx.GraphDef, params: nnx.State, problems: Problems, eos_i
     """One round of HEAL: see the module's text, `Problems`, `Round`.
 
     Answers are checked on token level and breakpoints are found on token ids, so the host, which has the text, has the
-    last word on both. Not for `gear.breakpoint: oracle`, nor for thinking parts, which only the text tells.
+    last word on both. Caches are whole and in the model's dtype. Not for `gear.breakpoint: oracle`, nor for thinking
+    parts, which only the text tells.
     """
     model, config = nnx.merge(graph, params), spec.gear
     (count, n), repairs = problems.sample_keys.shape[:2], problems.repair_keys.shape[2]
