@@ -125,11 +125,13 @@ class SampleSpec:
     """Rows decoded together, at least the rollouts of one problem or path (sample.n, hindsight.n, gear.repairs,
     evaluate.samples). Part of what fixes the bytes."""
     cache_tokens: Annotated[int, Range(ge=0)] = 0
-    """New tokens that each of the `batch` rows has room for; rollouts that are longer go on in half as many rows with
-    twice the room, their first tokens read again, and so on to max_new_tokens. 0: room for max_new_tokens in each."""
+    """New tokens that each of the `batch` rows has room for; longer rollouts go on, their first tokens read again, in
+    as many rows of twice the room as that memory holds, and so on to max_new_tokens. 0: room for max_new_tokens in
+    each. Part of what fixes the bytes."""
     cache_dtype: Literal["model", "int8"] = "model"
-    """What keys and values are held in: the model's own dtype, or a byte a number, half of bfloat16's memory for a
-    small error in what is drawn (README, "Faster than what?"). PURE reads without it, so scores are exact."""
+    """What keys and values are held in: the model's own dtype, or a byte a number: about half of bfloat16's memory,
+    for a small error in what is drawn and recorded (README, "Long rollouts"). Hindsight and repairs are scored without
+    it."""
     rounds: Count = 16
     """A shard holds up to so many batches of rollouts: the row of one that is finished takes the next, so that only the
     end of a shard has idle rows. More: fewer idle rows, and more to do again after an interruption; 1: none wait."""
@@ -364,12 +366,14 @@ def _join(path: str, name: str) -> str:
 
 
 def check(value: Any, path: str) -> None:
-    """Ranges of every field of a part of the config. Raises InputError."""
+    """Ranges and choices of every field of a part of the config. Raises InputError."""
     hints = typing.get_type_hints(type(value), include_extras=True)
     for field in dataclasses.fields(value):
         item, hint, where = getattr(value, field.name), hints[field.name], _join(path, field.name)
         if dataclasses.is_dataclass(item):
             check(item, where)
+        if typing.get_origin(hint) is Literal:
+            _build(hint, item, where)
         for bound in getattr(hint, "__metadata__", ()):
             if isinstance(bound, Range) and not bound.holds(item):
                 raise InputError(f"{where}: {item!r} is out of range, allowed: {bound}")

@@ -24,8 +24,9 @@ def positions(context: int, max_new: int) -> int:
 class Shape:
     """The static shape of a stage's shards: contexts a shard, rollouts a context, lengths in tokens, and the rows that
     decode them: `groups` of `members` that share a context. With a row for every rollout all are decoded at once.
-    cache_tokens: new tokens that a row has room for at first (`SampleSpec.cache_tokens`); eight_bit: how they are held
-    (`SampleSpec.cache_dtype`); done: tokens of each rollout that are its context's last.
+    cache_tokens: new tokens that a row has room for at first (`SampleSpec.cache_tokens`; 0: for all), in `batch` rows
+    if that is more than it has; eight_bit: how they are held (`SampleSpec.cache_dtype`); done: tokens of each rollout
+    that are decoded already, with which its context ends.
     """
 
     contexts: int
@@ -35,6 +36,7 @@ class Shape:
     groups: int
     members: int
     cache_tokens: int = 0
+    batch: int = 0
     eight_bit: bool = False
     done: int = 0
 
@@ -52,19 +54,25 @@ class Shape:
         """Of a row's own cache."""
         return bucket(self.max_new)
 
+    @property
+    def shared_slots(self) -> int:
+        """Of the contexts that a group of rows has in view."""
+        return self.context_length * (1 if self.at_once else in_view(self.repeats))
+
     def legs(self) -> "list[Shape]":
         """The programs that decode it, one after another: the first to cache_tokens a rollout; each of the others goes
-        on with the rollouts that are not done, in half as many rows, to twice as many tokens. What a row holds of a
-        rollout doubles as rows are halved: caches stay as large as the first program's, prompts apart.
+        on with the rollouts that are not done, to twice as many tokens, each a context of its own. They have as many
+        rows as fit into the slots that the first has room for: no leg's caches are larger.
         """
         if not 0 < self.cache_tokens < self.max_new:
-            return [dataclasses.replace(self, cache_tokens=0)]
-        found = [dataclasses.replace(self, max_new=self.cache_tokens, cache_tokens=0)]
-        done, rows, count = self.cache_tokens, self.rows, self.contexts * self.repeats
+            return [dataclasses.replace(self, cache_tokens=0, batch=0)]
+        found = [dataclasses.replace(self, max_new=self.cache_tokens, cache_tokens=0, batch=0)]
+        done, count = self.cache_tokens, self.contexts * self.repeats
+        room = max(self.batch, self.rows) * bucket(self.cache_tokens) + self.groups * self.shared_slots
         while done < self.max_new:
-            rows, new = max(1, rows // 2), min(done, self.max_new - done)
-            width = bucket(self.context_length + done)
-            found.append(Shape(count, 1, width, new, min(rows, count), 1, 0, self.eight_bit, self.done + done))
+            width, new = bucket(self.context_length + done), min(done, self.max_new - done)
+            rows = max(1, min(count, room // (width + bucket(new))))
+            found.append(Shape(count, 1, width, new, rows, 1, eight_bit=self.eight_bit, done=self.done + done))
             done += new
         return found
 
@@ -74,9 +82,16 @@ def at_once(contexts: int, repeats: int, context: int, max_new: int) -> Shape:
     return Shape(contexts, repeats, bucket(context), max_new, contexts, repeats)
 
 
-def held(shape: Shape, spec: SampleSpec) -> Shape:
+def with_caches(shape: Shape, spec: SampleSpec) -> Shape:
     """With caches as `spec` has them."""
-    return dataclasses.replace(shape, cache_tokens=spec.cache_tokens, eight_bit=spec.cache_dtype == "int8")
+    eight_bit = spec.cache_dtype == "int8"
+    return dataclasses.replace(shape, cache_tokens=spec.cache_tokens, batch=spec.batch, eight_bit=eight_bit)
+
+
+def in_view(repeats: int) -> int:
+    """Contexts that a group of rows works on at a time, where rows take one rollout after another: two, so that the
+    first rollouts of one fill the group up with the last of the other; one where each context has one rollout."""
+    return min(repeats, 2)
 
 
 def members(repeats: int) -> int:
@@ -98,9 +113,9 @@ def _shape(config: Config, repeats: int, units: int, context: int) -> Shape:
     shards = -(-units // (batch * config.sample.rounds))
     contexts = -(-units // max(1, shards))
     if contexts <= batch:
-        return held(at_once(contexts, repeats, context, spec.max_new_tokens), spec)
+        return with_caches(at_once(contexts, repeats, context, spec.max_new_tokens), spec)
     rows = groups(config, repeats), members(repeats)
-    return held(Shape(contexts, repeats, bucket(context), spec.max_new_tokens, *rows), spec)
+    return with_caches(Shape(contexts, repeats, bucket(context), spec.max_new_tokens, *rows), spec)
 
 
 def sample_shape(config: Config, problems: int, prompt: int) -> Shape:

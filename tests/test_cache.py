@@ -7,7 +7,6 @@ import sys
 
 import numpy as np
 import pyarrow.parquet as pq
-import pytest
 from conftest import ENVIRONMENT, TINY
 
 from heal_jax import cache
@@ -137,14 +136,10 @@ def test_a_full_disk_costs_the_cache_alone(tmp_path):
     assert not said and hits == "0" and value == one(tmp_path)[0][0]
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_that_cannot_be_written(tmp_path):
-    one(tmp_path)
-    (folder,) = tmp_path.glob("heal_jax/*")
-    folder.chmod(0o500)
-    (value, _), said = one(tmp_path)
-    folder.chmod(0o700)
-    assert np.isfinite(float(value)) and "no compilation cache" in said
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "heal_jax").write_text("a file in its place")
+    (value, hits), said = one(tmp_path)
+    assert np.isfinite(float(value)) and hits == "0" and "no compilation cache" in said
 
 
 def test_processes_that_compile_at_the_same_time_share_it(tmp_path):

@@ -14,13 +14,13 @@ from test_model import hf_folder, hf_logits
 
 from heal_jax.config import SampleSpec
 from heal_jax.model.mesh import make_mesh, put_batch, using
-from heal_jax.model.weights import load
-from heal_jax.rollout.decode import in_view, roll_out
+from heal_jax.model.weights import load, shardings
+from heal_jax.rollout.decode import roll_out
 from heal_jax.rollout.draw import block_width, draw, entropy_of
 from heal_jax.rollout.generate import Group, batch_arrays, generate, key_of, pad_rows
 from heal_jax.rollout.sampling import Greedy, MinP, Temperature, TopK, TopP, apply, rules
 from heal_jax.rollout.score import score
-from heal_jax.shapes import BUCKET, Shape, at_once, bucket
+from heal_jax.shapes import Shape, at_once, bucket, in_view
 
 VOCAB = 61
 
@@ -132,14 +132,26 @@ def test_neighbours_order_and_batch_do_not_change_a_rollout(models):
 def test_on_a_mesh(teacher):
     model = teacher.model
     mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
-    from heal_jax.model.weights import shardings
-
     contexts = CONTEXTS + [[3, 3]]
     alone = sample(model, contexts, list("abcd"))
     placed = dataclasses.replace(model, params=jax.device_put(model.params, shardings(model, mesh)))
     sharded = sample(placed, contexts, list("abcd"), mesh=mesh)
     for row in range(4):
         same(alone, sharded, row, row)
+
+
+@pytest.mark.parametrize("how", [{"cache_tokens": 48}, {"eight_bit": True}], ids=["legs", "eight bit"])
+def test_caches_of_other_kinds_on_a_mesh(teacher, how):
+    """Rollouts by fewer rows than there are, and in the last leg fewer than parts of the mesh."""
+    mesh = make_mesh({"data": 4, "tensor": 2})
+    params = jax.device_put(teacher.model.params, shardings(teacher.model, mesh))
+    split = dataclasses.replace(teacher, model=dataclasses.replace(teacher.model, params=params), mesh=mesh)
+    groups = [Group((5 + i, 9, 2), tuple(f"{i}/{j}" for j in range(2)), 96) for i in range(8)]
+    shape = dataclasses.replace(Shape(8, 2, 32, 96, 4, 1), **how)
+    assert shape.legs()[-1].rows < 4 or "eight_bit" in how
+    for a, b in zip(generate(teacher, groups, shape, ()), generate(split, groups, shape, ()), strict=True):
+        assert [d.tokens.tolist() for d in a] == [d.tokens.tolist() for d in b]
+        assert max(len(d.tokens) for d in a) > 32 or "eight_bit" in how
 
 
 def test_lengths_stops_and_budgets(models):
@@ -216,15 +228,21 @@ def test_a_rollout_in_legs_is_the_same_rollout(teacher, rows):
             np.testing.assert_allclose(getattr(a, name), getattr(b, name), atol=1e-4)
 
 
-@given(st.integers(1, 64), st.integers(1, 30), st.integers(1, 1000), st.integers(1, 9000), st.integers(1, 900))
-def test_legs_hold_what_the_first_holds(groups, members, context, most, first):
-    shape = Shape(groups * 3, members * 2, bucket(context), most, groups, members, first)
+@given(
+    st.integers(1, 64), st.integers(1, 30), st.integers(1, 6000), st.integers(1, 9000), st.integers(1, 900),
+    st.integers(0, 240),
+)  # fmt: skip
+def test_legs_hold_what_the_first_holds(groups, members, context, most, first, batch):
+    shape = Shape(groups * 3, members * 2, bucket(context), most, groups, members, first, batch)
     legs = shape.legs()
-    assert sum(s.max_new for s in legs) == most and legs[0].max_new == min(first, most)
-    for i, leg in enumerate(legs):
-        assert leg.done == sum(s.max_new for s in legs[:i]) and (not i or leg.max_new <= leg.done)
-        held = leg.max_new + (leg.done and leg.context_length - shape.context_length)
-        assert leg.rows == 1 or leg.rows * held <= shape.rows * (legs[0].max_new + BUCKET)
+    assert sum(leg.max_new for leg in legs) == most and legs[0].max_new == min(first, most)
+    room = max(batch, shape.rows) * bucket(first) + 2 * groups * shape.context_length
+    for i, leg in enumerate(legs[1:], 1):
+        assert leg.done == sum(other.max_new for other in legs[:i]) >= leg.max_new
+        assert leg.context_length >= shape.context_length + leg.done and leg.contexts == shape.contexts * shape.repeats
+        slots = leg.context_length + leg.slots
+        assert leg.rows == 1 or leg.rows * slots <= room
+        assert leg.rows == leg.contexts or (leg.rows + 1) * slots > room
 
 
 def test_memory_of_long_rollouts_is_bounded(teacher):

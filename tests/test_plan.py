@@ -371,7 +371,41 @@ def test_stages_and_plan_have_the_same_shapes(monkeypatch, tmp_path):
                 stage(run)
         mesh = run.mesh
     planned = programs(config, workload(config, folders(config), Assumptions()), mesh)
-    assert seen == [named(planned, "sample").batch, named(planned, "evaluate teacher").batch]
+    assert [shape.legs()[0] for shape in seen] == [
+        named(planned, "sample").batch,
+        named(planned, "evaluate teacher").batch,
+    ]
+
+
+def test_legs_of_long_rollouts(small):
+    """Every program of them, with what its calls do; none that no rollout is long enough for."""
+    sample = dataclasses.replace(small.sample, max_new_tokens=256, cache_tokens=64)
+    longer = dataclasses.replace(small, sample=sample)
+    found, mesh, topology = on_slice(longer)
+    legs = [program for program in found if program.stages[0].startswith("sample")]
+    assert [program.name for program in legs] == ["sample", "sample beyond 64", "sample beyond 128"]
+    # 32 rows of 64 tokens and two contexts of 512 in 8 groups: slots for 16 rows of 576 + 64, 13 of 640 + 128.
+    assert [program.over.rows for program in legs] == [32, 16, 12]
+    # All of a shard's 63 x 8 rollouts go on.
+    assert [(program.steps, program.reads) for program in legs] == [(64 * 16, 32), (64 * 32, 252), (128 * 42, 252)]
+    estimated = [estimate(program, mesh, topology) for program in legs]
+    assert all(e.fits and not e.warnings for e in estimated)
+    assert max(e.memory.cache for e in estimated) <= 1.1 * estimated[0].memory.cache
+    work = workload(longer, folders(longer), Assumptions(decode_steps=64))
+    assert [p.name for p in programs(longer, work, mesh) if p.name.startswith("sample")] == ["sample"]
+
+
+def test_int8_halves_the_cache(small):
+    """On a TPU, whose compiler keeps it so: less of it is read each step as well."""
+
+    def planned(cache_dtype):  # rollouts so long that caches do not lie on the chip
+        sample = dataclasses.replace(small.sample, max_new_tokens=16384, cache_dtype=cache_dtype)
+        found, mesh, topology = on_slice(dataclasses.replace(small, sample=sample))
+        return estimate(named(found, "sample"), mesh, topology)
+
+    half, whole = planned("int8"), planned("model")
+    assert 0 < half.memory.cache <= 1.01 * (E + 4) / (2 * E) * whole.memory.cache
+    assert half.step.bytes < 0.6 * whole.step.bytes
 
 
 def test_equal_programs_are_planned_once(small):

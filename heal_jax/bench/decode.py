@@ -104,7 +104,7 @@ def _error(bench: Bench, rows: int, prompt: int, new: int) -> None:
             bench.lm.model.graph, bench.lm.model.params, np.concatenate([prompts, made.tokens], axis=1)
         )
         pairs = zip((made.logprob, made.entropy), exact)
-        off = [np.abs(np.asarray(held)[:, :new] - np.asarray(whole)[:, -new:]) for held, whole in pairs]
+        off = [np.abs(np.asarray(recorded)[:, :new] - np.asarray(whole)[:, -new:]) for recorded, whole in pairs]
         said = [f"{what} {x.mean():.1e} (mean), {x.max():.1e} (largest)" for what, x in zip(("log p", "entropy"), off)]
         bench.note(f"cache of {name}, {rows * new} tokens: off in nats by {', '.join(said)}")
 

@@ -155,11 +155,15 @@ class Work:
         config, spec = self.config, self.config.gear
         chosen: list[tuple[int, int, Decoded]] = []
         for i, several in enumerate(base[: self.spec.gear.slots]):
+            if sum(self._right(i, d) for d in several) > spec.max_correct:
+                continue
             failed: dict[tuple[int, ...], tuple[int, int, Decoded]] = {}
             for j, d in enumerate(several):
                 if not self._right(i, d):
                     failed.setdefault(tuple(map(int, d.tokens)), (i, j, d))
             chosen += list(failed.values())[: spec.paths]
+        if not chosen:
+            return [], []
         index, starts, count = split_steps(self.lm, [d.tokens.tolist() for _, _, d in chosen], self.most)
         ids = [f"{self.problems[i].id}/base/{j}/s0" for i, j, _ in chosen]
         _, kept = cut(spec, ids, [d.entropy for _, _, d in chosen], index, starts, count)

@@ -26,7 +26,7 @@ from heal_jax.model.mesh import batch_parts, parts_of, sharding, using
 from heal_jax.model.weights import shardings
 from heal_jax.plan import backend, flops
 from heal_jax.plan.workload import Workload
-from heal_jax.rollout.decode import in_view, roll_out
+from heal_jax.rollout.decode import READS, STEPS, TURNS, roll_out
 from heal_jax.rollout.generate import Group, batch_arrays, dealt, score_batch
 from heal_jax.rollout.sampling import Rule, rules
 from heal_jax.rollout.score import score
@@ -89,6 +89,11 @@ class Program:
         return ()
 
     @property
+    def loops(self) -> set[str]:
+        """Names of those that data end."""
+        return set()
+
+    @property
     def name(self) -> str:
         return ", ".join(self.stages)
 
@@ -134,13 +139,12 @@ class RollOut(Program):
         return dealt(self.batch, self.parts)[0]
 
     @property
-    def shared_slots(self) -> int:
-        """Of the contexts that a group of rows has in view."""
-        return self.batch.context_length * (1 if self.batch.at_once else in_view(self.batch.repeats))
+    def slots(self) -> tuple[int, ...]:
+        return self.batch.slots, self.batch.shared_slots
 
     @property
-    def slots(self) -> tuple[int, ...]:
-        return self.batch.slots, self.shared_slots
+    def loops(self) -> set[str]:
+        return {STEPS} if self.over.at_once else {STEPS, READS, TURNS}
 
     @property
     def shape(self) -> str:
@@ -311,11 +315,13 @@ def _all(config: Config, work: Workload, mesh: Mesh, teacher: Weights, student: 
             spec = dataclasses.replace(spec, temperature=config.evaluate.temperature)
         for leg in shape.legs():
             over, there = dealt(leg, parts)[0], filled(shape, units) * shape.repeats // leg.repeats
-            tokens = max(0, min(work.decode_steps - leg.done, leg.max_new))
+            tokens = min(work.decode_steps - leg.done, leg.max_new)
+            if tokens <= 0:  # no rollout is so long
+                return
             steps = tokens * (1 if over.at_once else math.ceil(there * over.repeats / over.rows))
-            reads = math.ceil(there / _split(over, parts)) if tokens and not over.at_once else 0
+            reads = 0 if over.at_once else math.ceil(there / _split(over, parts))
             name = f"{stage} beyond {leg.done}" if leg.done else stage
-            loops = batches if tokens else 0, steps, reads
+            loops = batches, steps, reads
             yield RollOut((name,), model, resident, *loops, batch=leg, drawn=rules(spec), parts=parts)
 
     def scored(stage: str, shape: Shape, units: float, context: int) -> Score:

@@ -153,9 +153,7 @@ def _cache(program: Program, mesh: Mesh) -> float:
         return 0.0
     b = program.over
     dtype = jnp.int8 if b.eight_bit else jnp.dtype(program.model.dtype)
-    return (
-        bytes_per_slot(program.model.config, dtype) * (b.rows * b.slots + b.groups * program.shared_slots) / mesh.size
-    )
+    return bytes_per_slot(program.model.config, dtype) * (b.rows * b.slots + b.groups * b.shared_slots) / mesh.size
 
 
 def depths(config: DecoderConfig) -> tuple[int, int]:

@@ -18,6 +18,7 @@ from heal_jax.model.kv_cache import Cache, View, empty_cache, view
 from heal_jax.model.mesh import constrain, parts_here
 from heal_jax.rollout.draw import Drawn, draw, typed
 from heal_jax.rollout.sampling import Rule
+from heal_jax.shapes import in_view
 
 # Names of the loops in the compiled program, for profiles and `heal plan`.
 STEPS, READS, TURNS = "decode_steps", "read_contexts", "turns"
@@ -37,12 +38,6 @@ class Rollouts(NamedTuple):
     length: Array
     stopped: Array
     steps: Array
-
-
-def in_view(repeats: int) -> int:
-    """Contexts that a group of rows works on at a time, where rows take one rollout after another: two, so that the
-    first rollouts of one fill the group up with the last of the other; one where each context has one rollout."""
-    return min(repeats, 2)
 
 
 def placed(cache: Cache, rows: str) -> Cache:
@@ -168,7 +163,7 @@ def decode_queue(
     another has not begun. Returns Q * N rollouts.
     """
     (count, width), n, dtype = context.shape, budget.shape[1], model.embed[...].dtype
-    views, held = in_view(n), jnp.int8 if eight_bit else dtype
+    views, cache_dtype = in_view(n), jnp.int8 if eight_bit else dtype
     parts = parts_here(count, groups)
     of_part, per_part = count // parts, groups // parts  # contexts and groups
 
@@ -326,13 +321,13 @@ def decode_queue(
         active=of_rows > 0,
         keys=jnp.zeros((groups, members, 2), jnp.uint32),
         hidden=jnp.zeros((groups, members, size), dtype),
-        cache=placed(empty_cache(model.config, groups * members, max_new, held), "batch"),
+        cache=placed(empty_cache(model.config, groups * members, max_new, cache_dtype), "batch"),
         context=of_views,
         started=of_views,
         stop=of_views,
         length=of_views,
         first_hidden=jnp.zeros((groups, views, size), dtype),
-        shared=placed(empty_cache(model.config, groups, views * width, held), "context"),
+        shared=placed(empty_cache(model.config, groups, views * width, cache_dtype), "context"),
         loaded=jnp.zeros(parts, jnp.int32),
         out=_blank(parts, of_part * n, max_new),
     )

@@ -16,7 +16,7 @@ from heal_jax.rollout.decode import key_words, roll_out
 from heal_jax.rollout.sampling import Rule, rules
 from heal_jax.rollout.score import score
 from heal_jax.rollout.steps import find_steps
-from heal_jax.shapes import ScoreShape, Shape, at_once, bucket, held
+from heal_jax.shapes import ScoreShape, Shape, at_once, bucket, with_caches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +180,7 @@ def rollouts(
             f"{config.max_positions} positions; shorten one or the other"
         )
     contexts = min(max(1, spec.batch // spec.n), len(ids))
-    shape = held(at_once(contexts, spec.n, width, spec.max_new_tokens), spec)
+    shape = with_caches(at_once(contexts, spec.n, width, spec.max_new_tokens), spec)
     groups = []
     for i in ids:
         name = hashlib.sha256(np.asarray(i, "<i4").tobytes()).hexdigest()
