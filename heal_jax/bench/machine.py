@@ -88,14 +88,15 @@ class Products:
     def __init__(self, model: Model):
         if model.config.experts:
             raise InputError("bench: a dense model is expected; mixtures of experts are not measured")
-        # By shape: those of a shape, [out, in] each, go through one program.
+        # By shape: those of a shape, [in, out] each, go through one program.
         self.kinds: dict[tuple[int, int], list[Array]] = {}
         for path, leaf in nnx.to_flat_state(model.params):
             if path[0] == "blocks" and path[-1] == "kernel":
                 kernel = leaf[...]
                 self.kinds.setdefault(kernel.shape, []).append(kernel)
+        self.tied = model.config.tie_embeddings  # then the head is the embedding, [out, in]
         params: Any = model.params
-        self.head: Array = (params["embed"] if model.config.tie_embeddings else params["head"]["kernel"])[...]
+        self.head: Array = (params["embed"] if self.tied else params["head"]["kernel"])[...]
 
     def flops(self, rows: int, head_rows: int, backward: bool = False) -> float:
         """Of one pass over `rows` tokens, logits of `head_rows` of them."""
@@ -105,11 +106,14 @@ class Products:
     def side(self, rows: int, head_rows: int, backward: bool = False) -> Side:
         """One pass; backward: and the products for the gradients of inputs and weights."""
         work: list[tuple[Callable[..., Any], tuple[Array, ...]]] = []
-        for kernels, count in [*((kernels, rows) for kernels in self.kinds.values()), ([self.head], head_rows)]:
-            y, x = (jnp.ones((count, size)) for size in kernels[0].shape)
-            work += [(_times, (x, *part)) for part in _groups(kernels, y.size)]
+        passes = [(kernels, rows, False) for kernels in self.kinds.values()] + [([self.head], head_rows, self.tied)]
+        for kernels, count, turned in passes:
+            x, y = (jnp.ones((count, size)) for size in kernels[0].shape)
+            if backward or not turned:
+                work += [(_times, (x, *part)) for part in _groups(kernels, y.size)]
+            if backward or turned:
+                work += [(_times_transposed, (y, *part)) for part in _groups(kernels, x.size)]
             if backward:
-                work += [(_back, (y, *part)) for part in _groups(kernels, x.size)]
                 work += [(_to_weights, (x, y)) for _ in kernels]
 
         def run() -> None:
@@ -127,12 +131,12 @@ def _groups(kernels: Sequence[Array], result: int) -> list[tuple[Array, ...]]:
 
 @jax.jit
 def _times(x: Array, *kernels: Array) -> list[Array]:
-    return [x @ kernel.T for kernel in kernels]
+    return [x @ kernel for kernel in kernels]
 
 
 @jax.jit
-def _back(y: Array, *kernels: Array) -> list[Array]:
-    return [y @ kernel for kernel in kernels]
+def _times_transposed(y: Array, *kernels: Array) -> list[Array]:
+    return [y @ kernel.T for kernel in kernels]
 
 
 @jax.jit

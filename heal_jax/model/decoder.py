@@ -47,14 +47,12 @@ class RMSNorm(nnx.Module):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def product(x: Array, kernel: Array, dtype: jnp.dtype | None = None) -> Array:
-    """x [..., in] times kernel [out, in] -> [..., out], in `dtype` if given; float32 stays float32 both ways.
+    """x [..., in] times kernel [in, out] -> [..., out], in `dtype` if given; float32 stays float32 both ways.
 
-    [out, in], as files have it: a CPU multiplies few rows with such a matrix up to a tenth faster. The gradient is
-    spelt out for the CPU compiler's sake, which else writes the transposed operand of the gradient of the kernel in the
-    loop that makes it: strided, and slower than the product itself.
+    Its gradient is spelt out for the CPU compiler's sake, which else writes the transposed operand of the gradient of
+    the kernel in the loop that makes it: strided, and slower than the product itself.
     """
-    contracted = ((x.ndim - 1,), (1,)), ((), ())
-    return jax.lax.dot_general(x, kernel, contracted, precision=_precision(kernel), preferred_element_type=dtype)
+    return jnp.matmul(x, kernel, precision=_precision(kernel), preferred_element_type=dtype)
 
 
 def _precision(kernel: Array) -> jax.lax.Precision | None:
@@ -72,15 +70,15 @@ def _product_backward(dtype: jnp.dtype | None, saved: tuple[Array, Array], dy: A
     lead = tuple(range(x.ndim - 1))
 
     def plain(x: Array, dy: Array) -> Array:
-        return times(dy, x, ((lead, lead), ((), ())))
+        return times(x, dy, ((lead, lead), ((), ())))
 
     def apart(x: Array, dy: Array) -> Array:
         x, dy = jax.lax.optimization_barrier((x, dy))  # the transposition becomes a pass of its own
         if dy.shape[-1] < x.shape[-1]:  # of the narrower operand
-            return times(dy, x, ((lead, lead), ((), ())))
-        return times(x, dy, ((lead, lead), ((), ()))).T
+            return times(dy, x, ((lead, lead), ((), ()))).T
+        return times(x, dy, ((lead, lead), ((), ())))
 
-    of_x = times(dy, kernel, (((dy.ndim - 1,), (0,)), ((), ())))
+    of_x = times(dy, kernel, (((dy.ndim - 1,), (1,)), ((), ())))
     of_kernel = jax.lax.platform_dependent(x, dy, cpu=apart, default=plain)
     return of_x.astype(x.dtype), of_kernel.astype(kernel.dtype)
 
@@ -92,8 +90,7 @@ class Linear(nnx.Module):
     def __init__(
         self, size_in: int, size_out: int, dtype: jnp.dtype, rngs: nnx.Rngs, std: float, *, bias: bool = False
     ):
-        # Drawn the other way round, as the built-in models' were.
-        self.kernel = nnx.Param((std * jax.random.normal(rngs.params(), (size_in, size_out), dtype)).T)
+        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (size_in, size_out), dtype))
         if bias:
             self.bias = nnx.Param(jnp.zeros(size_out, dtype))
         self.has_bias = bias
@@ -286,7 +283,7 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: Array) -> Array:
         """hidden [..., D] -> [..., V] float32."""
-        kernel = self.embed[...] if self.config.tie_embeddings else self.head.kernel[...]
+        kernel = self.embed[...].T if self.config.tie_embeddings else self.head.kernel[...]
         with self._precision():
             return product(hidden, kernel, jnp.float32)
 

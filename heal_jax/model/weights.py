@@ -1,7 +1,7 @@
 """The one table between Hugging Face tensors and decoder parameters, read both ways.
 
-A row names the tensor, the parameter, whether the matrix is transposed (files have [out, in], experts here [in, out]),
-and the logical axes of the parameter, from which its sharding follows (`heal_jax.model.mesh`).
+A row names the tensor, the parameter, whether the matrix is transposed (torch keeps [out, in]), and the logical axes
+of the parameter, from which its sharding follows (`heal_jax.model.mesh`).
 """
 
 import dataclasses
@@ -55,7 +55,7 @@ def table(config: DecoderConfig) -> list[Row]:
         Row("model.norm.weight", ("norm", "weight"), (None,)),
     ]
     if not config.tie_embeddings:
-        rows.append(Row("lm_head.weight", ("head", "kernel"), ("vocab", "hidden")))
+        rows.append(Row("lm_head.weight", ("head", "kernel"), ("hidden", "vocab"), True))
     for i in range(config.num_layers):
         rows += _block_rows(config, i)
     return rows
@@ -64,24 +64,24 @@ def table(config: DecoderConfig) -> list[Row]:
 def _block_rows(config: DecoderConfig, layer: int) -> Iterator[Row]:
     prefix, block = f"model.layers.{layer}", ("blocks", layer)
     linears: list[tuple[str, tuple[str, ...], tuple[str, str], bool]] = [
-        ("self_attn.q_proj", ("q",), ("heads", "hidden"), config.qkv_bias),
-        ("self_attn.k_proj", ("k",), ("kv_heads", "hidden"), config.qkv_bias),
-        ("self_attn.v_proj", ("v",), ("kv_heads", "hidden"), config.qkv_bias),
-        ("self_attn.o_proj", ("o",), ("hidden", "heads"), config.o_bias),
+        ("self_attn.q_proj", ("q",), ("hidden", "heads"), config.qkv_bias),
+        ("self_attn.k_proj", ("k",), ("hidden", "kv_heads"), config.qkv_bias),
+        ("self_attn.v_proj", ("v",), ("hidden", "kv_heads"), config.qkv_bias),
+        ("self_attn.o_proj", ("o",), ("heads", "hidden"), config.o_bias),
     ]
-    mlp = {"gate": ("mlp", "hidden"), "up": ("mlp", "hidden"), "down": ("hidden", "mlp")}
+    mlp = {"gate": ("hidden", "mlp"), "up": ("hidden", "mlp"), "down": ("mlp", "hidden")}
     if config.has_experts(layer):
         yield Row(f"{prefix}.mlp.gate.weight", (*block, "experts", "router"), ("hidden", None), True)
         for name, axes in mlp.items():
             for i in range(config.experts):
                 tensor = f"{prefix}.mlp.experts.{i}.{name}_proj.weight"
-                yield Row(tensor, (*block, "experts", name), ("expert", *axes[::-1]), True, i)
+                yield Row(tensor, (*block, "experts", name), ("expert", *axes), True, i)
     else:
         linears += [(f"mlp.{name}_proj", ("mlp", name), axes, config.mlp_bias) for name, axes in mlp.items()]
     for name, path, axes, bias in linears:
-        yield Row(f"{prefix}.{name}.weight", (*block, *path, "kernel"), axes)
+        yield Row(f"{prefix}.{name}.weight", (*block, *path, "kernel"), axes, True)
         if bias:
-            yield Row(f"{prefix}.{name}.bias", (*block, *path, "bias"), axes[:1])
+            yield Row(f"{prefix}.{name}.bias", (*block, *path, "bias"), axes[1:])
     norms = {"input_layernorm": "attn_norm", "post_attention_layernorm": "mlp_norm"}
     if config.gemma:
         norms |= {"post_attention_layernorm": "post_attn_norm", "pre_feedforward_layernorm": "mlp_norm"}

@@ -287,8 +287,7 @@ def _identity(
         rows = [(example.tokens, example.prompt_length) for example in phase.examples]
         data.update(repr((phase.steps, rows)).encode())
     shape = {"length": length, "pad_id": pad_id, "seed": seed}
-    layout = {"kernels": "[out, in]", "dtype": str(jax.tree.leaves(model.params)[0].dtype)}
-    model_fields = layout | dataclasses.asdict(model.config)
+    model_fields = {"dtype": str(jax.tree.leaves(model.params)[0].dtype), **dataclasses.asdict(model.config)}
     whole = {"model": model_fields, "train": dataclasses.asdict(spec), "batches": shape, "phases": data.hexdigest()}
     return json.loads(json.dumps(whole))  # as it comes back from a checkpoint
 
