@@ -58,20 +58,26 @@ def torch_tool(folder: str, threads: int) -> tuple[dict[str, Handler], tuple[str
         return {"seconds": seconds, "shape": [made.shape[0], made.shape[1] - tokens.shape[1]]}
 
     def train(request: Request) -> dict[str, Any]:
-        """One update on tokens [B, T], full rows: mean cross-entropy, clipping by global norm, AdamW (fused)."""
+        """An update on tokens [B, T], full rows, that follows another: mean cross-entropy, clipping by global norm,
+        AdamW (fused)."""
         model.train()
         model.forward = plain
         if not optimizer:
             settings = {"lr": request["learning_rate"], "betas": (0.9, 0.95), "weight_decay": 0.0, "fused": True}
             optimizer.append(torch.optim.AdamW(model.parameters(), **settings))
         tokens = torch.tensor(request["tokens"], device=device)
+
+        def update() -> float:
+            optimizer[0].zero_grad(set_to_none=True)
+            loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer[0].step()
+            return float(loss.detach())  # a device's work is waited for
+
+        update()
         start = time.perf_counter()
-        optimizer[0].zero_grad(set_to_none=True)
-        loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer[0].step()
-        value = float(loss.detach())  # a device's work is waited for
+        value = update()
         return {"seconds": time.perf_counter() - start, "loss": value}
 
     return {"decode": decode, "train": train}, ("torch", "transformers")

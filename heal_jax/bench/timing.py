@@ -23,6 +23,17 @@ def timed(work: Callable[[], Any]) -> Side:
     return side
 
 
+def following(work: Callable[[], Any]) -> Side:
+    """`timed` of the second of two: one of many in a row, which finds the memory that the one before it used."""
+    once = timed(work)
+
+    def side() -> float:
+        once()
+        return once()
+
+    return side
+
+
 def seeded(work: Callable[[int], Any]) -> Side:
     """`timed` of a function of a seed, another one every time."""
     seeds = itertools.count()

@@ -5,19 +5,20 @@ import dataclasses
 from heal_jax.bench import ours
 from heal_jax.bench.context import Bench
 from heal_jax.bench.figure import Figure
-from heal_jax.bench.timing import timed
+from heal_jax.bench.timing import following
 from heal_jax.config import TrainSpec
 
 
 def figures(bench: Bench) -> list[Figure]:
-    """Full rows (as packing leaves them), float32: forward, backward, clipping, AdamW."""
+    """Full rows (as packing leaves them), float32: forward, backward, clipping, AdamW. Steps that follow another, as in
+    training: what comes between, here the other sides, takes the memory away that a step finds."""
     rows, length = (2, 16) if bench.quick else (8, 256)
     tokens = bench.tokens(rows, length)
     spec = TrainSpec(learning_rate=1e-5)
     bench.say(f"train: {rows} rows of {length}")
     took = bench.turns(
         {
-            "ours": timed(ours.training(bench.lm, tokens, spec)),
+            "ours": following(ours.training(bench.lm, tokens, spec)),
             "limit": bench.products.side(rows * length, rows * length, backward=True),
             "torch": bench.asking("torch", "train", tokens=tokens.tolist(), learning_rate=spec.learning_rate),
         }
