@@ -73,10 +73,10 @@ class Bench:
         self._asked.append(side)
         return side
 
-    def turns(self, sides: dict[str, Side | None]) -> dict[str, tuple[float, ...]]:
-        """Seconds of the sides that are there."""
+    def turns(self, sides: dict[str, Side | None], *, warm: bool = False) -> dict[str, tuple[float, ...]]:
+        """Seconds of the sides that are there; warm: all were run before."""
         there = {name: side for name, side in sides.items() if side is not None}
-        return take_turns(there, self.repeats, self._asked)
+        return take_turns(there, self.repeats, list(there.values()) if warm else self._asked)
 
     def note(self, text: str) -> None:
         """For the end of the output, and at once."""

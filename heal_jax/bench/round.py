@@ -38,7 +38,7 @@ def figures(bench: Bench) -> list[Figure]:
         if unsolved == few:
             made |= {"unshared": work.unshared, "without PURE": work.without_pure}
         _same_work(bench, {name: make() for name, make in made.items()})
-        took = bench.turns({name: timed(make) for name, make in made.items()})
+        took = bench.turns({name: timed(make) for name, make in made.items()}, warm=True)
         name, tokens = f"round, {unsolved / count:.0%} unsolved", work.tokens
         found.append(Figure(name, "stages, shared prefixes", took["ours"], took["shared"], tokens))
         if unsolved == few:
@@ -61,7 +61,7 @@ def _of_model(bench: Bench) -> Figure:
     bench.say(f"round: {len(work.problems)} problems, {config.gear.paths} x {config.gear.repairs} repairs of each")
     made = {"ours": work.fused, "unshared": work.unshared}
     _same_work(bench, {name: make() for name, make in made.items()})
-    took = bench.turns({name: timed(make) for name, make in made.items()})
+    took = bench.turns({name: timed(make) for name, make in made.items()}, warm=True)
     name = f"round of the model, {len(work.problems)} problems"
     return Figure(name, "stages, nothing shared", took["ours"], took["unshared"], work.tokens, reach=2.0)
 

@@ -62,6 +62,6 @@ def scoring(bench: Bench) -> list[Figure]:
     ahead, whole = (jax.device_get(side()) for side in sides)
     worst = max(float(np.abs(a - b[:, -length:]).max()) for a, b in zip(ahead, whole))
     bench.note(f"pure: largest difference of log-probabilities and entropies between the two ways: {worst:.1e}")
-    took = bench.turns({"ours": timed(sides[0]), "whole": timed(sides[1])})
+    took = bench.turns({"ours": timed(sides[0]), "whole": timed(sides[1])}, warm=True)
     name = f"PURE, {each} texts of {length} tokens after {width}"
     return [Figure(name, "whole texts from nothing", took["ours"], took["whole"], each * length, reach=3.0)]
