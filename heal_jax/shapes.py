@@ -59,10 +59,16 @@ class Shape:
         """Of the contexts that a group of rows has in view."""
         return self.context_length * (1 if self.at_once else in_view(self.repeats))
 
+    @property
+    def static(self) -> dict[str, int]:
+        """What `roll_out` is compiled for, besides the shapes of its arrays and the sampling rules."""
+        names = "groups", "members", "done", "eight_bit"
+        return {"max_new": self.slots} | {name: getattr(self, name) for name in names}
+
     def legs(self) -> "list[Shape]":
         """The programs that decode it, one after another: the first to cache_tokens a rollout; each of the others goes
         on with the rollouts that are not done, to twice as many tokens, each a context of its own. They have as many
-        rows as fit into the slots that the first has room for: no leg's caches are larger.
+        rows as fit into the slots that the first has room for, and one at least.
         """
         if not 0 < self.cache_tokens < self.max_new:
             return [dataclasses.replace(self, cache_tokens=0, batch=0)]
@@ -72,7 +78,7 @@ class Shape:
         while done < self.max_new:
             width, new = bucket(self.context_length + done), min(done, self.max_new - done)
             rows = max(1, min(count, room // (width + bucket(new))))
-            found.append(Shape(count, 1, width, new, rows, 1, eight_bit=self.eight_bit, done=self.done + done))
+            found.append(Shape(count, 1, width, new, rows, 1, eight_bit=self.eight_bit, done=done))
             done += new
         return found
 

@@ -250,8 +250,8 @@ def test_memory_of_long_rollouts_is_bounded(teacher):
 
     def scratch(shape):
         arrays = batch_arrays([Group((5,), ("x",), 1)], shape, 1)
-        static = {"rules": (), "max_new": shape.slots, "groups": shape.groups, "members": shape.members}
-        lowered = roll_out.lower(teacher.model.graph, teacher.model.params, *arrays, teacher.eos_ids, **static)
+        params = teacher.model.graph, teacher.model.params
+        lowered = roll_out.lower(*params, *arrays, teacher.eos_ids, rules=(), **shape.static)
         return lowered.compile().memory_analysis().temp_size_in_bytes
 
     whole = Shape(64, 8, 32, 1024, 32, 4)

@@ -198,8 +198,7 @@ def rolled_out(model, mesh, shape, groups):
     """Arguments of `roll_out`."""
     over = dealt(shape, batch_parts(mesh))[0]
     arrays = put_batch(mesh, batch_arrays(groups, shape, batch_parts(mesh)), "context")
-    static = {"rules": (), "max_new": shape.slots, "groups": over.groups, "members": over.members}
-    return (model.graph, model.params, *arrays, np.array([2])), static, over
+    return (model.graph, model.params, *arrays, np.array([2])), {"rules": (), **over.static}, over
 
 
 def instructions(text, opcode):

@@ -121,7 +121,8 @@ def _refilled(bench: Bench, prompt: int) -> list[Figure]:
     spread = np.random.default_rng(0).integers(2, 21, (contexts, each), dtype=np.int32)
     found = []
     for name, budget in (("lengths 10:1", spread), ("equal lengths", np.full_like(spread, spread.mean()))):
-        bench.say(f"decode: {contexts * each} rollouts by {rows} rows, {name}")
+        what = f"{contexts * each} rollouts by {rows} rows, {name}"
+        bench.say(f"decode: {what}")
         size = rows // each
         batches = [
             ours.in_turn(bench.lm, prompts[i : i + size], budget[i : i + size], size, each)
@@ -133,6 +134,5 @@ def _refilled(bench: Bench, prompt: int) -> list[Figure]:
                 "batches": seeded(partial(_each, batches)),
             }
         )
-        what = f"{contexts * each} rollouts by {rows} rows, {name}"
         found.append(Figure(what, "batch after batch", took["ours"], took["batches"], float(budget.sum())))
     return found

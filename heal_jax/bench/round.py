@@ -37,8 +37,7 @@ def figures(bench: Bench) -> list[Figure]:
         made = {"ours": work.fused, "shared": work.stages}
         if unsolved == few:
             made |= {"unshared": work.unshared, "without PURE": work.without_pure}
-        _same_work(bench, {name: make() for name, make in made.items()})
-        took = bench.turns({name: timed(make) for name, make in made.items()}, warm=True)
+        took = _turns(bench, made)
         name, tokens = f"round, {unsolved / count:.0%} unsolved", work.tokens
         found.append(Figure(name, "stages, shared prefixes", took["ours"], took["shared"], tokens))
         if unsolved == few:
@@ -60,8 +59,7 @@ def _of_model(bench: Bench) -> Figure:
     work = Work(bench.lm, config, load(problems, config.grade.by, "problems"))
     bench.say(f"round: {len(work.problems)} problems, {config.gear.paths} x {config.gear.repairs} repairs of each")
     made = {"ours": work.fused, "unshared": work.unshared}
-    _same_work(bench, {name: make() for name, make in made.items()})
-    took = bench.turns({name: timed(make) for name, make in made.items()}, warm=True)
+    took = _turns(bench, made)
     name = f"round of the model, {len(work.problems)} problems"
     return Figure(name, "stages, nothing shared", took["ours"], took["unshared"], work.tokens, reach=2.0)
 
@@ -77,12 +75,14 @@ def _problems(hard: int, easy: int, n: int, paths: int, repairs: int) -> tuple[C
     return config, sorted(problems, key=lambda p: p.level != "hard")
 
 
-def _same_work(bench: Bench, made: dict[str, Any]) -> None:
-    """Say where a side did not decode the same rollouts."""
+def _turns(bench: Bench, ways: dict[str, Callable[[], Any]]) -> dict[str, tuple[float, ...]]:
+    """Seconds of each way; a note where one does not decode the same rollouts."""
+    made = {name: way() for name, way in ways.items()}
     lengths = {name: [sorted(map(int, part)) for part in result] for name, result in made.items() if "PURE" not in name}
     if any(found != lengths["ours"] for found in lengths.values()):
         sums = {name: [sum(part) for part in found] for name, found in lengths.items()}
         bench.note(f"round: the sides differ in what they decoded (tokens sampled, repaired, scored): {sums}")
+    return bench.turns({name: timed(way) for name, way in ways.items()}, warm=True)
 
 
 @dataclasses.dataclass(eq=False)

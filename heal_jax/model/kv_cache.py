@@ -5,6 +5,7 @@ it shares with other rows (`View`) and its own. In each a token's slot is its pl
 and validity never depends on a token's id.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -38,14 +39,12 @@ class Cache(NamedTuple):
 
     def eight_bit(self) -> "Cache":
         """The same, each number rounded to one of 255 steps from minus to plus the largest of its token and head."""
-        keys, values = (tuple(eight_bit(x, axis) for x in held) for held, axis in zip(self[:2], (2, 3)))
-        return Cache(keys, values, self.length)
+        keys = jax.tree.map(functools.partial(eight_bit, axis=2), self.keys)
+        return Cache(keys, jax.tree.map(functools.partial(eight_bit, axis=3), self.values), self.length)
 
 
-def eight_bit(x: Held, axis: int) -> EightBit:
+def eight_bit(x: Array, axis: int) -> EightBit:
     """Round [B, K, ...]; axis: that of E."""
-    if isinstance(x, EightBit):
-        return x
     x = x.astype(jnp.float32)
     step = jnp.max(jnp.abs(x), axis=axis, keepdims=True) / 127
     return EightBit(jnp.round(x / jnp.where(step > 0, step, 1)).astype(jnp.int8), step)

@@ -163,11 +163,7 @@ class RollOut(Program):
                 *arrays,
                 eos,
                 rules=self.drawn,
-                max_new=bucket(self.batch.max_new),
-                groups=over.groups,
-                members=over.members,
-                done=over.done,
-                eight_bit=over.eight_bit,
+                **over.static,
             )
 
     def analytic(self) -> tuple[float, float, float]:

@@ -144,11 +144,7 @@ def _decode(lm: LanguageModel, groups: Sequence[Group], shape: Shape, rules: tup
             *put_batch(lm.mesh, batch_arrays(groups, shape, parts), "context"),
             lm.eos_ids,
             rules=rules,
-            max_new=bucket(shape.max_new),
-            groups=over.groups,
-            members=over.members,
-            done=over.done,
-            eight_bit=over.eight_bit,
+            **over.static,
         )
     tokens, entropy, logprob, sampling, length, stopped, _ = fetch(out)
 
