@@ -18,13 +18,12 @@ TRANSFORMERS: dict[str, dict[str, str | bool]] = {
     "transformers, static cache, compiled": {"cache": "static", "compiled": True},
 }
 ALONE = "without entropies and log-probabilities"
-EIGHT_BIT = "ours, int8 cache"
 REACH = {"transformers": 2.2, "Tunix sampler": 1.5, ALONE: 0.97}
 
 
 def figures(bench: Bench) -> list[Figure]:
     """One prompt a row, nothing shared; temperature 1, no EOS, the same number of tokens on every side."""
-    small, large, prompt, new, few = (2, 4, 8, 4, 4) if bench.quick else (32, 128, 16, 48, 16)
+    small, large, prompt, new, few = (2, 4, 8, 4, 4) if bench.quick else (32, 128, 16, 32, 16)
     beside = [*_beside_others(bench, small, prompt, new), _beside_limit(bench, large, prompt, few)]
     return [*beside, *_refilled(bench, prompt)]
 
@@ -55,7 +54,6 @@ def _beside_others(bench: Bench, rows: int, prompt: int, new: int) -> list[Figur
             "ours": _ours(bench, rows, prompt, new, ours.sampling),
             "limit": _limit(bench, rows, prompt, new),
             ALONE: _ours(bench, rows, prompt, new, ours.sampling_alone),
-            EIGHT_BIT: _ours(bench, rows, prompt, new, partial(ours.sampling, eight_bit=True)),
             **others,
         }
     )
@@ -116,7 +114,7 @@ def _each(batches: Sequence[Callable[[int], Any]], seed: int) -> list[Any]:
 def _refilled(bench: Bench, prompt: int) -> list[Figure]:
     """Rows that take one rollout after another, against batches that each go on to their longest: where lengths spread
     10:1, and where all are equal, which shows what taking turns costs."""
-    contexts, each, groups, members = (4, 2, 2, 1) if bench.quick else (8, 8, 4, 4)
+    contexts, each, groups, members = (4, 2, 2, 1) if bench.quick else (4, 8, 2, 4)
     rows, prompts = groups * members, bench.tokens(contexts, prompt)
     spread = np.random.default_rng(0).integers(2, 21, (contexts, each), dtype=np.int32)
     found = []

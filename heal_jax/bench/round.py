@@ -21,7 +21,9 @@ from heal_jax.rollout.heal_round import Problems, RoundSpec, heal_round
 from heal_jax.rollout.prepare import prepare
 from heal_jax.shapes import at_once, bucket, score_shape
 
-QUESTION = '{question}\nReply with one short sentence: "The answer is ...".'
+EXAMPLES = (("3 + 4 - 5", "3 + 4 = 7", "7 - 5 = 2", "2"), ("8 - 2 + 6", "8 - 2 = 6", "6 + 6 = 12", "12"),
+            ("1 + 9 + 7", "1 + 9 = 10", "10 + 7 = 17", "17"), ("5 - 4 + 8", "5 - 4 = 1", "1 + 8 = 9", "9"),
+            ("6 + 6 - 3", "6 + 6 = 12", "12 - 3 = 9", "9"))  # fmt: skip
 
 
 def figures(bench: Bench) -> list[Figure]:
@@ -29,7 +31,7 @@ def figures(bench: Bench) -> list[Figure]:
     as the method needs it. Hard problems are unsolved, easy ones solved."""
     teacher = open_model(ModelSpec("builtin:teacher"))
     count, few = (4, 1) if bench.quick else (20, 4)
-    sizes = (3, 2, 2) if bench.quick else (10, 3, 10)
+    sizes = (3, 2, 2) if bench.quick else (10, 2, 10)
     found: list[Figure] = []
     for unsolved in dict.fromkeys(max(1, round(share * count)) for share in (0.05, 0.2, 0.6)):
         bench.say(f"round: {unsolved} of {count} problems unsolved")
@@ -48,19 +50,24 @@ def figures(bench: Bench) -> list[Figure]:
 
 
 def _of_model(bench: Bench) -> Figure:
-    """Of the model given, with prompts as chat models have them; small sums that it is to answer in a sentence."""
-    problems = ProblemSpec("rg:chain_sum", limit=2 if bench.quick else 4, options={"max_terms": 3, "max_digits": 1})
+    """Of the model given, with prompts as chat models have them and a few worked examples in each; small sums."""
+    worked = (
+        f"Problem: {asked} =\n\n{first}\n\n{then}\n\nThe answer is {answer}." for asked, first, then, answer in EXAMPLES
+    )
+    prompt = "\n\n".join((*worked, "Problem: {question}"))
+    problems = ProblemSpec("rg:chain_sum", limit=1, options={"min_terms": 3, "max_terms": 3, "max_digits": 1})
     config = Config(
-        sample=SampleSpec(QUESTION, n=3 if bench.quick else 8, max_new_tokens=32 if bench.quick else 64),
-        gear=GearSpec(paths=2 if bench.quick else 4, repairs=2 if bench.quick else 4),
+        sample=SampleSpec(prompt, n=3 if bench.quick else 8, max_new_tokens=32),
+        gear=GearSpec(paths=2, repairs=2 if bench.quick else 4),
         problems=problems,
         grade=GradeSpec(answer_open=" is ", answer_close="."),
     )
     work = Work(bench.lm, config, load(problems, config.grade.by, "problems"))
-    bench.say(f"round: {len(work.problems)} problems, {config.gear.paths} x {config.gear.repairs} repairs of each")
+    bench.say(f"round: one problem, {config.gear.paths} x {config.gear.repairs} repairs")
     made = {"ours": work.fused, "unshared": work.unshared}
     took = _turns(bench, made)
-    name = f"round of the model, {len(work.problems)} problems"
+    prompts = round(float(work.arrays.prompt_length.mean()))
+    name = f"round of the model, prompts of {prompts} tokens"
     return Figure(name, "stages, nothing shared", took["ours"], took["unshared"], work.tokens, reach=2.0)
 
 

@@ -37,7 +37,7 @@ def _repairs(bench: Bench) -> list[Figure]:
 
 def _prompts(bench: Bench) -> list[Figure]:
     """N rollouts of one prompt: a long one against a short one, and against copies of its keys and values."""
-    each, short, long, new = (4, 16, 64, 8) if bench.quick else (30, 256, 1024, 32)
+    each, short, long, new = (4, 16, 64, 8) if bench.quick else (30, 256, 1024, 24)
     bench.say(f"decode: {each} rollouts of a prompt of {long} tokens")
     ways = {"long": (long, False), "short": (short, False), "copies": (long, True)}
     took = bench.turns(
@@ -55,7 +55,7 @@ def _prompts(bench: Bench) -> list[Figure]:
 
 def scoring(bench: Bench) -> list[Figure]:
     """PURE's pass over continuations after a context that is read once, against whole texts from nothing."""
-    each, width, length = (4, 32, 16) if bench.quick else (10, 512, 128)
+    each, width, length = (4, 32, 16) if bench.quick else (5, 512, 128)
     contexts, texts = bench.tokens(1, width), np.repeat(bench.tokens(1, length), each, axis=0)
     bench.say(f"pure: {each} texts of {length} tokens after {width}")
     sides = ours.scoring(bench.lm, contexts, texts, each), ours.scoring_whole(bench.lm, contexts, texts, each)

@@ -12,7 +12,7 @@ from heal_jax.config import TrainSpec
 def figures(bench: Bench) -> list[Figure]:
     """Full rows (as packing leaves them), float32: forward, backward, clipping, AdamW. Steps that follow another, as in
     training: what comes between, here the other sides, takes the memory away that a step finds."""
-    rows, length = (2, 16) if bench.quick else (8, 256)
+    rows, length = (2, 16) if bench.quick else (4, 256)
     tokens = bench.tokens(rows, length)
     spec = TrainSpec(learning_rate=1e-5)
     bench.say(f"train: {rows} rows of {length}")

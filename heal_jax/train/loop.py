@@ -5,13 +5,11 @@ phases. Which batch and which rate a step has follows from the global step alone
 are the whole state.
 """
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
@@ -24,20 +22,18 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
-from orbax.checkpoint import v1 as ocp
 
 from heal_jax.config import TrainSpec
 from heal_jax.errors import RunError
 from heal_jax.model.decoder import Model
 from heal_jax.model.mesh import put_batch, using
 from heal_jax.model.weights import shardings
-from heal_jax.processes import count, once
+from heal_jax.processes import once
+from heal_jax.train.checkpoint import Progress, opened, remove_torn, require_room, restore, writing
 from heal_jax.train.data import Example, batches
 from heal_jax.train.step import train_step
 
 LOG_EVERY = 10  # steps
-KEEP = 2  # checkpoints: the latest, and the one before in case the latest is damaged
-WRITE_SECONDS = 600  # for a checkpoint; longer, and the training ends with an error
 FINAL_RATE = 0.1  # of the peak: the last stage, the repairs, comes at the end and must still be learned
 B2 = 0.95  # remembers about 20 steps: short runs, and a new stage changes the size of the gradients
 
@@ -102,16 +98,6 @@ def optimizer(spec: TrainSpec, total_steps: int) -> optax.GradientTransformation
     )
 
 
-@dataclasses.dataclass
-class _Progress:
-    """What training has done: optimizer steps, tokens (padding not counted), tokens in the loss, seconds."""
-
-    step: int = 0
-    tokens: int = 0
-    loss_tokens: int = 0
-    seconds: float = 0.0
-
-
 def train(
     model: Model,
     phases: Sequence[Phase],
@@ -148,12 +134,12 @@ def train(
     pinned = None if mesh is None else tuple(leaf.sharding for leaf in leaves)
     identity = _identity(model, phases, spec, length, pad_id, seed)
     folder = folder.resolve()
-    once(lambda: _remove_torn(folder))
-    with _checkpointer(folder) as checkpointer:
+    once(lambda: remove_torn(folder))
+    with opened(folder) as checkpointer:
         if checkpointer.latest is None:
-            state, progress = _initial_state(model, transform, target), _Progress()
+            state, progress = _initial_state(model, transform, target), Progress()
         else:
-            state, progress = _restore(checkpointer, target, identity)
+            state, progress = restore(checkpointer, target, identity)
         clock = time.monotonic() - progress.seconds
         saved_at = time.monotonic()
         for phase, step, ends, tokens, mask in _steps(phases, progress.step, spec.batch, length, seed, pad_id):
@@ -171,7 +157,7 @@ def train(
                     f"training step {step} ({phase}): loss {loss}, gradient norm {grad_norm}; "
                     "lower train.learning_rate or raise train.warmup, and start this training anew"
                 )
-            progress = _Progress(
+            progress = Progress(
                 step=step,
                 # A row's last real token is one to learn, so the mask alone tells padding.
                 tokens=progress.tokens + int((length - mask[:, ::-1].argmax(axis=1)).sum()),
@@ -185,49 +171,14 @@ def train(
             due = time.monotonic() - saved_at >= checkpoint_seconds
             if ends or once(functools.partial(bool, due)):
                 metadata = {"training": identity, "progress": dataclasses.asdict(progress)}
-                once(functools.partial(_require_room, folder, state))
-                with _writing(folder):
+                once(functools.partial(require_room, folder, state))
+                with writing(folder):
                     checkpointer.save_async(step, state, force=True, custom_metadata=metadata)
                 saved_at = time.monotonic()
-        with _writing(folder):
+        with writing(folder):
             checkpointer.wait()
     params = jax.tree.map(lambda new, old: new.astype(old.dtype), state["params"], model.params)
     return dataclasses.replace(model, params=params)
-
-
-@contextlib.contextmanager
-def _checkpointer(folder: Path) -> Iterator[ocp.training.Checkpointer]:
-    """Orbax's, closed at the end; after an error of one of several processes it is not, since that waits for all."""
-    policy = ocp.training.preservation_policies.LatestN(KEEP)
-    context = ocp.Context()
-    context.asynchronous.timeout_secs = WRITE_SECONDS
-    with context:
-        checkpointer = ocp.training.Checkpointer(folder, preservation_policy=policy)
-        try:
-            yield checkpointer
-        except BaseException:
-            if count() == 1:
-                checkpointer.close()
-            raise
-        checkpointer.close()
-
-
-@contextlib.contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise RunError(f"{folder}: a checkpoint cannot be written ({reason}); start again: it goes on") from error
-
-
-def _require_room(folder: Path, state: dict[str, Any]) -> None:
-    """Raises RunError where the disk has no room for a checkpoint of this state."""
-    needed, free = sum(x.nbytes for x in jax.tree.leaves(state)), shutil.disk_usage(folder).free
-    if free < needed:
-        raise RunError(
-            f"{folder}: {free >> 20} MiB of disk are free, a checkpoint takes {needed >> 20}; make room and start again"
-        )
 
 
 def _steps(
@@ -290,31 +241,3 @@ def _identity(
     model_fields = {"dtype": str(jax.tree.leaves(model.params)[0].dtype), **dataclasses.asdict(model.config)}
     whole = {"model": model_fields, "train": dataclasses.asdict(spec), "batches": shape, "phases": data.hexdigest()}
     return json.loads(json.dumps(whole))  # as it comes back from a checkpoint
-
-
-def _restore(
-    checkpointer: ocp.training.Checkpointer, target: dict[str, Any], identity: dict[str, Any]
-) -> tuple[dict[str, Any], _Progress]:
-    """The latest checkpoint, placed as in `target`. Raises RunError where it is damaged or another training's."""
-    latest = checkpointer.latest
-    try:
-        metadata = checkpointer.metadata(latest).custom_metadata
-        training, progress = metadata["training"], _Progress(**metadata["progress"])
-        differing = [name for name in identity if training.get(name) != identity[name]]
-        state = None if differing else checkpointer.load(latest, target)
-    except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        raise RunError(f"{latest.path}: damaged ({reason}); remove it to go on from the one before") from error
-    if state is None:
-        raise RunError(
-            f"{latest.path}: of another training, with different {' and '.join(differing)}; "
-            f"remove {checkpointer.directory} to train anew"
-        )
-    return state, progress
-
-
-def _remove_torn(folder: Path) -> None:
-    """Remove steps without Orbax's commit file: a save or a copy was cut short, yet Orbax may list it as whole."""
-    for step in folder.glob("[0-9]*"):
-        if not (step / "commit_success.txt").is_file():
-            shutil.rmtree(step, ignore_errors=True)
