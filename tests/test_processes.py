@@ -320,9 +320,9 @@ def do(me):
     from heal_jax.config import ModelSpec, TrainSpec
     from heal_jax.model.lm import open_model
     from heal_jax.model.mesh import make_mesh
-    from heal_jax.train import loop
+    from heal_jax.train import checkpoint, loop
     from heal_jax.train.data import Example
-    loop.WRITE_SECONDS = 5
+    checkpoint.WRITE_SECONDS = 5
     mesh = make_mesh({"fsdp": 4, "tensor": 2})
     lm = open_model(ModelSpec("builtin:teacher"), mesh)
     if me:
