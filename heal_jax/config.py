@@ -205,10 +205,15 @@ class PaceSpec:
 class TrainSpec:
     """Optimizer steps of the student, for HEAL and for the baseline alike."""
 
-    steps: Count = 600
+    steps: Count = 400
     """Optimizer steps in all, over the three stages."""
-    batch: Count = 8
-    """Examples a step."""
+    batch: Count = 4
+    """Rows a step, for the two students alike; a mesh splits them."""
+    row_tokens: Annotated[int, Range(ge=0)] = 512
+    """Slots of a row, which holds as many whole examples as fit (packing); a longer example makes all rows as long. 0:
+    as long as the longest. 512 holds three solutions of the built-in world, and 2 % of it stays empty."""
+    accumulate: Count = 1
+    """Parts of the batch that are computed one after another, for less memory; must divide `batch`."""
     learning_rate: Positive = 5e-4
     """Peak; suits the built-in student (real models: 1e-5, paper)."""
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -219,8 +224,14 @@ class TrainSpec:
     """Runs are short; decay would only pull the student away from what it knows."""
     clip_norm: Positive = 1.0
     """Global gradient norm."""
-    remat: bool = False
-    """Compute each block again in the backward pass: a third more time, a fraction of the memory (long examples)."""
+    remat: Literal["none", "dots", "block"] = "none"
+    """What the backward pass computes again: block, each layer from its input (a third more time, a fraction of the
+    memory: long examples); dots, all but products with weights (a little more time, and less memory)."""
+    max_skipped: Annotated[int, Range(ge=0)] = 3
+    """Steps whose loss or gradient is not finite change nothing and are counted; one more than this ends the
+    training. Overflows in bfloat16 are rare and pass; more of them are a learning rate that is too high."""
+    log_every: Count = 10
+    """Steps between the lines of metrics.jsonl."""
     max_tokens: Count = 256
     """Longest example, prompt included; longer ones are left out, with that reason in decisions.parquet."""
 
@@ -231,6 +242,17 @@ class CheckpointSpec:
 
     seconds: Positive = 300.0
     """Also saved when this long has passed since the last one: what an interruption may cost."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LogSpec:
+    """Where training metrics go besides metrics.jsonl."""
+
+    to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """tensorboard: DIR/tensorboard (package tensorboardX), wandb, trackio (packages of these names); from the first
+    process alone. Off by default: the last two send figures and config to a service that you have set up."""
+    project: str = "heal_jax"
+    """The project that wandb and trackio file the run under."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -283,6 +305,7 @@ class Config:
     pace: PaceSpec = PaceSpec()
     train: TrainSpec = TrainSpec()
     checkpoint: CheckpointSpec = CheckpointSpec()
+    log: LogSpec = LogSpec()
     grade: GradeSpec = GradeSpec()
     evaluate: EvaluateSpec = dataclasses.field(default_factory=EvaluateSpec)
 
@@ -327,6 +350,10 @@ def validate(config: Config) -> None:
     if any(share < 0 for share in config.pace.steps) or not math.isclose(sum(config.pace.steps), 1.0, abs_tol=1e-6):
         raise InputError(f"pace.steps: {list(config.pace.steps)}: three shares >= 0 that sum to 1 are expected")
     most = max(config.sample.n, config.hindsight.n, config.gear.repairs, config.evaluate.samples)
+    if config.train.batch % config.train.accumulate:
+        raise InputError(
+            f"train.accumulate: {config.train.accumulate} does not divide train.batch = {config.train.batch}"
+        )
     if config.sample.batch < most:
         raise InputError(
             f"sample.batch: {config.sample.batch} is out of range, allowed: >= {most} "

@@ -8,14 +8,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from heal_jax import pace
+from heal_jax.config import LogSpec, to_dict
 from heal_jax.errors import InputError, RunError
 from heal_jax.model.config import decoder_config
-from heal_jax.model.decoder import Model
-from heal_jax.processes import once
+from heal_jax.processes import once, primary
 from heal_jax.run import Run
 from heal_jax.store import DECISIONS, write_table
+from heal_jax.trackers import Track, tracking
+from heal_jax.train.checkpoint import Progress
 from heal_jax.train.data import Example, read_stage, row_length, write_stage
-from heal_jax.train.loop import Phase, stage_steps, train
+from heal_jax.train.loop import Phase, Trained, stage_steps, train
 
 PACE_STAGES = (1, 2, 3)
 STUDENTS = ("heal", "rejection_sampling")
@@ -154,9 +156,17 @@ def train_students(run: Run) -> None:
     """HEAL's student through the curriculum, and the rejection-sampling student on stage 1 for as many steps."""
     run.release_teacher()
     phases, length = training_plan(run)
+    accounts: dict[str, Any] = {}
+    spec = run.config.log if primary() else LogSpec()
     for name in STUDENTS:
-        train_one(run, name, phases[name], length)
-    run.directory.finish("train", length=length, **{name: _account(phases[name]) for name in STUDENTS})
+        with tracking(spec, run.root, name, to_dict(run.config)) as track:
+            done = train_one(run, name, phases[name], length, track).progress
+        accounts[name] = {
+            "phases": [{"name": p.name, "examples": len(p.examples), "steps": p.steps} for p in phases[name]],
+            **{field: getattr(done, field) for field in ("tokens", "loss_tokens", "skipped")},
+            "packing": round(done.tokens / (done.step * run.config.train.batch * length), 4) if done.step else None,
+        }
+    run.directory.finish("train", length=length, **accounts)
 
 
 def training_plan(run: Run) -> tuple[dict[str, list[Phase]], int]:
@@ -187,15 +197,17 @@ def training_plan(run: Run) -> tuple[dict[str, list[Phase]], int]:
         distinct = tuple(joined[i] for i in pace.pool([e.tokens for e in joined]))
         heal.append(Phase("stage " + "+".join(str(i + 1) for i in group), distinct, n))
     baseline = [Phase("stage 1", tuple(stages[0]), spec.steps)] if stages[0] else []
-    length = row_length([e for stage in stages for e in stage])
+    length = row_length([e for stage in stages for e in stage], spec.row_tokens)
     return {"heal": heal, "rejection_sampling": baseline}, length
 
 
-def train_one(run: Run, name: str, phases: list[Phase], length: int) -> Model:
+def train_one(
+    run: Run, name: str, phases: list[Phase], length: int, track: Track = lambda step, figures: None
+) -> Trained:
     """Train one student, or restore it where that is done. Without phases it stays what it was."""
     if not phases:
         run.progress.say(f"train      {name}: the teacher solved nothing, so there is nothing to train on")
-        return run.student.model
+        return Trained(run.student.model, Progress())
 
     work = run.directory.manifest.setdefault("work", {})
     stage = f"train {name}"
@@ -206,6 +218,7 @@ def train_one(run: Run, name: str, phases: list[Phase], length: int) -> Model:
         work[stage] = {"seconds": round(metrics["seconds"], 3), "tokens": metrics["tokens"]}  # over all attempts
         note = f"{metrics['phase']}, loss {metrics['loss']:.4f}"
         run.progress.update(stage, metrics["step"], run.config.train.steps, note, made)
+        track(metrics["step"], {key: x for key, x in metrics.items() if isinstance(x, float)})
 
     return train(
         run.student.model,
@@ -219,7 +232,3 @@ def train_one(run: Run, name: str, phases: list[Phase], length: int) -> Model:
         mesh=run.mesh,
         log=log,
     )
-
-
-def _account(phases: list[Phase]) -> list[dict[str, Any]]:
-    return [{"name": p.name, "examples": len(p.examples), "steps": p.steps} for p in phases]

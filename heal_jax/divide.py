@@ -39,7 +39,9 @@ def model_sizes(config: DecoderConfig, name: str) -> list[Size]:
 
 def batch_sizes(config: Config) -> list[Size]:
     """The rows of every stage's batches: whole groups of the rollouts of one problem or path."""
-    sizes = [Size(f"train.batch {config.train.batch}", "batch", config.train.batch)]
+    spec = config.train
+    parts = f" over train.accumulate {spec.accumulate}" if spec.accumulate > 1 else ""
+    sizes = [Size(f"train.batch {spec.batch}{parts}", "batch", spec.batch // spec.accumulate)]
     for name, n in (
         ("sample.n", config.sample.n),
         ("hindsight.n", config.hindsight.n),

@@ -35,7 +35,7 @@ def evaluate(run: Run) -> None:
 def trained(run: Run, name: str) -> LanguageModel:
     """A student after training, from its checkpoint."""
     phases, length = training_plan(run)
-    return run.student.with_params(train_one(run, name, phases[name], length))
+    return run.student.with_params(train_one(run, name, phases[name], length).model)
 
 
 def evaluate_one(run: Run, name: str) -> None:

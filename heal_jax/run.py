@@ -20,7 +20,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from heal_jax import __version__, processes
+from heal_jax import __version__, processes, trackers
 from heal_jax.config import Config, dump, flatten, to_dict, validate
 from heal_jax.config import load as load_config
 from heal_jax.divide import require, sizes, undivided
@@ -133,6 +133,7 @@ def open_run(
     come first, and a directory made with another config.
     """
     validate(config)
+    trackers.require(config.log)
     problems = load(config.problems, config.grade.by)
     held_out = load(config.evaluate.problems, config.grade.by, "evaluate.problems")
     check_disjoint(problems, held_out)

@@ -24,6 +24,7 @@ from heal_jax.plan import backend
 from heal_jax.plan.cost import Compiled
 from heal_jax.plan.topology import Topology
 from heal_jax.rollout.score import score
+from heal_jax.train.data import Batch
 from heal_jax.train.step import train_step
 from heal_jax.world import model_folder
 
@@ -174,7 +175,7 @@ def test_tpu_programs_contain_it():
         state = jax.eval_shape(transform.init, params)
         half = jnp.dtype("bfloat16")
         updated = train_step.lower(
-            graph, transform, params, state, batch(jnp.int32), batch(jnp.bool_), half, remat=True
+            graph, transform, params, state, Batch(*map(batch, (*(jnp.int32,) * 3, jnp.bool_))), half, remat="block"
         )
         plain = score.lower(graph, params, *texts)  # in float32
     # Contexts are read in it, of whose last layer keys and values are enough.

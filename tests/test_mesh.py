@@ -31,6 +31,7 @@ from heal_jax.rollout.decode import roll_out
 from heal_jax.rollout.generate import Group, batch_arrays, dealt
 from heal_jax.rollout.score import score
 from heal_jax.shapes import Shape
+from heal_jax.train.data import Batch
 from heal_jax.train.loop import _initial_state, abstract_state, optimizer
 from heal_jax.train.step import train_step
 from heal_jax.world import model_folder
@@ -173,11 +174,12 @@ def test_no_weight_or_moment_is_whole(placed):
     state = _initial_state(model, transform, target)
     pinned = tuple(leaf.sharding for leaf in jax.tree.leaves((target["params"], target["opt_state"])))
     tokens = np.random.default_rng(0).integers(3, 300, (8, 32)).astype(np.int32)
-    batch = put_batch(mesh, (tokens, np.ones((8, 32), bool)))
-    assert [cut(x) for x in batch] == [parts(mesh, ("data", "fsdp", "expert"))] * 2
+    segments, positions = np.ones((8, 32), np.int32), np.broadcast_to(np.arange(32, dtype=np.int32), (8, 32))
+    batch = put_batch(mesh, Batch(tokens, segments, positions, np.ones((8, 32), bool)))
+    assert [cut(x) for x in batch] == [parts(mesh, ("data", "fsdp", "expert"))] * 4
     with using(mesh):
         params, opt_state, _ = train_step(
-            model.graph, transform, state["params"], state["opt_state"], *batch, None, pinned
+            model.graph, transform, state["params"], state["opt_state"], batch, None, pinned
         )
     moments = [x for x in jax.tree.leaves(opt_state) if x.ndim]
     weights = jax.tree.leaves(params)

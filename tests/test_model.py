@@ -133,9 +133,9 @@ def test_many_queries_go_in_blocks(tmp_path, family, monkeypatch):
 
         return jax.tree.leaves(compute(decoder))
 
-    whole, again = results(False), results(True)
+    whole, *again = map(results, ("none", "dots", "block"))
     monkeypatch.setattr("heal_jax.model.attention.QUERY_BLOCK", 8)
-    for ours in (again, results(False), results(True)):
+    for ours in (*again, *map(results, ("none", "dots", "block"))):
         for a, b in zip(ours, whole, strict=True):
             assert error(a, b, np.abs(b).max()) < 1e-4
 
@@ -370,7 +370,7 @@ DEEP = {
 }
 
 
-@pytest.mark.parametrize(("family", "remat"), [("qwen2", False), ("qwen3_moe", True), ("gemma3_text", True)])
+@pytest.mark.parametrize(("family", "remat"), [("qwen2", "none"), ("qwen3_moe", "block"), ("gemma3_text", "dots")])
 def test_scanned_layers_give_what_layers_in_a_row_do(tmp_path, family, remat, monkeypatch):
     """Logits and gradients, of packed rows; and the program is smaller."""
     hf_folder(tmp_path, family, **DEEP[family])

@@ -223,7 +223,7 @@ def test_bytes_of_collectives():
         assert program.chips == 8 and read_and_written <= cost.bytes <= read_and_written + around
 
 
-@given(st.integers(1, 40), st.integers(0, 2048), st.booleans())
+@given(st.integers(1, 40), st.integers(0, 2048), st.sampled_from(["none", "dots", "block"]))
 def test_formulas_by_hand(teacher, layers, slots, remat):
     config = dataclasses.replace(teacher.model.config, num_layers=layers)
     d, e, h, k = config.hidden_size, config.head_dim, config.num_heads, config.num_kv_heads
@@ -233,7 +233,9 @@ def test_formulas_by_hand(teacher, layers, slots, remat):
     assert flops.blocks(config, 1, slots) == layers * (q + kv + o + mlp + scores + mixed)
     forward = flops.blocks(config, 300, 300) + 300 * 2 * d * config.vocab_size
     blocks = flops.blocks(config, 300, 300)
-    assert flops.training(config, 300, remat) == 3 * forward + (blocks if remat else 0)
+    mixed = layers * flops.attention(config, 300, 300)
+    again = {"none": 0, "dots": mixed, "block": blocks}[remat]
+    assert flops.training(config, 300, remat) == 3 * forward + again
 
 
 def test_one_layer_against_the_real_compiler(small):

@@ -1,7 +1,9 @@
 """Loss, optimizer, phases, and going on after an interruption."""
 
+import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
@@ -9,7 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from heal_jax.errors import RunError
 from heal_jax.model.config import parse
 from heal_jax.model.decoder import Decoder, Model, initialise
 from heal_jax.train import loop
-from heal_jax.train.data import Example, batches
+from heal_jax.train.data import Batch, Example, batches, unpack
 from heal_jax.train.loop import Phase, optimizer, schedule, stage_steps, train
 from heal_jax.train.step import loss_fn, token_losses, train_step
 
@@ -59,6 +61,7 @@ def examples(count: int, seed: int = 0, vocab: int = CONFIG.vocab_size) -> list[
 
 
 SPEC = TrainSpec(steps=22, batch=4, warmup=0.2)
+TIMES = ("seconds", "tokens_per_second", "mfu")
 PHASES = [Phase("stage 1", examples(5), 9), Phase("empty", [], 0), Phase("stage 3", examples(11), 13)]
 
 
@@ -75,11 +78,16 @@ def run(folder: Path, log: Callable[[dict[str, Any]], None] = lambda line: None,
         "mesh": None,
         "log": log,
     }
-    return train(**arguments | changes)
+    return train(**arguments | changes).model
 
 
 def arrays(model: Model) -> dict[Any, np.ndarray]:
     return {path: np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(model.params)}
+
+
+def batches_of(phase: Phase, order: int = 0, rows: int = 4) -> Iterator[tuple[Batch, np.ndarray]]:
+    with contextlib.closing(batches(phase.examples, rows, LENGTH, order, PAD)) as stream:
+        yield from map(unpack, stream)
 
 
 @nnx.jit
@@ -162,13 +170,19 @@ def test_both_students_share_one_optimizer() -> None:
 def test_loss_is_the_mean_over_learned_tokens_in_float64() -> None:
     model = initial()
     model = dataclasses.replace(model, params=jax.tree.map(lambda x: 5 * x, model.params))  # far from uniform
-    tokens, mask = (jnp.asarray(x) for x in next(batches(examples(6), 4, LENGTH, 0, PAD)))
+    rows = examples(4)
+    tokens = np.full((4, LENGTH), PAD, np.int32)
+    for row, example in zip(tokens, rows):
+        row[: len(example.tokens)] = example.tokens
+    at = np.arange(LENGTH)
+    mask = jnp.asarray([(at >= e.prompt_length) & (at < len(e.tokens)) for e in rows])
+    batch = Batch(jnp.asarray(tokens), None, None, mask)
     logits = np.asarray(logits_of(nnx.merge(model.graph, model.params), tokens), np.float64)[:, :-1]
     highest = logits.max(axis=-1, keepdims=True)
     log_probs = logits - highest - np.log(np.exp(logits - highest).sum(axis=-1, keepdims=True))
     expected = -np.take_along_axis(log_probs, np.asarray(tokens)[:, 1:, None], axis=-1)[..., 0]
     both = jax.jit(
-        lambda params: (token_losses(model.graph, params, tokens), loss_fn(params, model.graph, tokens, mask))
+        lambda params: (token_losses(model.graph, params, batch.tokens), loss_fn(params, model.graph, batch))
     )
     losses, mean = (np.asarray(x) for x in both(model.params))
     assert losses.shape == tokens.shape and not losses[:, 0].any()
@@ -176,8 +190,10 @@ def test_loss_is_the_mean_over_learned_tokens_in_float64() -> None:
     assert mean == pytest.approx(expected[np.asarray(mask)[:, 1:]].mean(), rel=1e-5)
 
 
-def test_training_equals_torch(tmp_path: Path) -> None:
-    """Loss, gradient norm and weights of five steps, against transformers' model and torch's AdamW."""
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_training_equals_torch(tmp_path: Path, accumulate: int) -> None:
+    """Loss, gradient norm and weights of five steps of packed rows, against transformers' model, which gets every
+    example by itself, and torch's AdamW."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     from safetensors.numpy import load_file
 
@@ -189,20 +205,20 @@ def test_training_equals_torch(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(json.dumps(RAW | {"vocab_size": vocab}))
     save_weights(model, tmp_path / "model")
-    spec = TrainSpec(batch=4, learning_rate=1e-3, warmup=0.4, weight_decay=0.1, clip_norm=0.7)
+    spec = TrainSpec(
+        batch=4, learning_rate=1e-3, warmup=0.4, weight_decay=0.1, clip_norm=0.7, accumulate=accumulate, log_every=1
+    )
     phase = Phase("stage 1", examples(6, vocab=vocab), 5)
-    seen: list[tuple[np.ndarray, np.ndarray]] = []
-    original = loop.batches
+    seen: list[tuple[Batch, np.ndarray]] = []
+    original = loop.unpack
 
-    def recorded(*args: Any, **kwargs: Any) -> Any:
-        for batch in original(*args, **kwargs):
-            seen.append(batch)
-            yield batch
+    def recorded(features: Any) -> Any:
+        seen.append(original(features))
+        return seen[-1]
 
     lines: list[dict[str, Any]] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "batches", recorded)
-        patch.setattr(loop, "LOG_EVERY", 1)
+        patch.setattr(loop, "unpack", recorded)
         trained = run(tmp_path / "checkpoints", lines.append, model=model, phases=[phase], spec=spec)
     (tmp_path / "trained").mkdir()
     save_weights(trained, tmp_path / "trained")
@@ -216,10 +232,16 @@ def test_training_equals_torch(tmp_path: Path) -> None:
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     adamw = torch.optim.AdamW(groups, betas=(0.9, loop.B2), eps=1e-8)
     assert len(lines) == 5
-    for step, (line, (tokens, mask)) in enumerate(zip(lines, seen, strict=False)):
-        ids = torch.from_numpy(tokens).long()
-        labels = torch.where(torch.from_numpy(mask), ids, -100)
-        loss = reference(input_ids=ids, labels=labels).loss
+    for step, (line, (batch, _)) in enumerate(zip(lines, seen, strict=True)):
+        total, found = torch.zeros(()), 0
+        for tokens, segments, mask in zip(batch.tokens, batch.segments, batch.mask):
+            for segment in range(1, segments.max() + 1):
+                ids = torch.from_numpy(tokens[segments == segment]).long()[None]
+                labels = torch.where(torch.from_numpy(mask[segments == segment]), ids, -100)
+                learned = int((labels >= 0).sum())
+                total, found = total + reference(input_ids=ids, labels=labels).loss * learned, found + learned
+        assert found == batch.mask.sum() and batch.segments.max() > 1  # packed
+        loss = total / found
         assert line["loss"] == pytest.approx(loss.item(), rel=1e-5)
         adamw.zero_grad()
         loss.backward()
@@ -251,13 +273,14 @@ def test_the_log(uninterrupted: tuple[Path, Model, list[dict[str, Any]]]) -> Non
     ]
     for line in lines:
         assert set(line) == {
-            *("step", "phase", "loss", "grad_norm", "learning_rate", "tokens", "loss_tokens", "seconds"),
+            *("step", "phase", "loss", "grad_norm", "learning_rate", "tokens", "loss_tokens", "skipped", *TIMES),
         }
         assert line["learning_rate"] == pytest.approx(expected_rate(SPEC, 22, line["step"] - 1), rel=1e-5)
-        assert line["tokens"] - line["loss_tokens"] == line["step"] * SPEC.batch * 4  # prompts have 4 tokens
-    # 36 rows of 5 examples: seven epochs and one example.
-    sizes = [len(e.tokens) for e in PHASES[0].examples]
-    assert lines[0]["tokens"] - 7 * sum(sizes) in sizes
+    order = int(np.random.SeedSequence([3, 0]).generate_state(1)[0])
+    first = [batch for batch, _ in itertools.islice(batches_of(PHASES[0], order), 9)]
+    assert lines[0]["tokens"] == sum((batch.segments > 0).sum() for batch in first)
+    examples_seen = sum(batch.segments.max(axis=1).sum() for batch in first)
+    assert lines[0]["tokens"] - lines[0]["loss_tokens"] == 4 * examples_seen  # prompts have 4 tokens
     assert lines == sorted(lines, key=lambda line: line["seconds"])
 
 
@@ -296,14 +319,12 @@ def test_bfloat16_keeps_float32_weights_while_training(tmp_path: Path) -> None:
     """Forty updates of 2e-4 move the norms' ones (next bfloat16 below: 0.996), which one alone does not."""
     model = dataclasses.replace(initial(), params=jax.tree.map(lambda x: x.astype(jnp.bfloat16), initial().params))
     phase = Phase("stage 1", examples(5), 40)
-    spec = TrainSpec(batch=4, learning_rate=2e-4, schedule="constant", warmup=0.0)
+    spec = TrainSpec(batch=4, learning_rate=2e-4, schedule="constant", warmup=0.0, log_every=1)
     losses: list[float] = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "LOG_EVERY", 1)
-        trained = run(tmp_path, lambda line: losses.append(line["loss"]), model=model, phases=[phase], spec=spec)
-    computed = jax.jit(lambda params, tokens, mask: loss_fn(params, model.graph, tokens, mask))
-    _, _, _, *first = next(loop._steps([phase], 0, 4, LENGTH, 3, PAD))
-    assert losses[0] == pytest.approx(float(computed(model.params, *first)), rel=1e-6)
+    trained = run(tmp_path, lambda line: losses.append(line["loss"]), model=model, phases=[phase], spec=spec)
+    computed = jax.jit(lambda params, batch: loss_fn(params, model.graph, batch))
+    first, _ = next(batches_of(phase, int(np.random.SeedSequence([3, 0]).generate_state(1)[0])))
+    assert losses[0] == pytest.approx(float(computed(model.params, first)), rel=1e-6)
     assert {leaf.dtype for leaf in jax.tree.leaves(trained.params)} == {jnp.dtype(jnp.bfloat16)}
     norm = arrays(trained)["norm", "weight"].astype(np.float32)
     assert 1e-3 < np.abs(norm - 1).max() < 8e-3 + 2**-8
@@ -340,8 +361,8 @@ def test_interrupted_training_ends_with_the_same_bits(
     lines: list[dict[str, Any]] = []
     resumed = run(tmp_path, lines.append, checkpoint_seconds=seconds)
     assert same_bits(resumed, uninterrupted[1])
-    untimed = [{k: v for k, v in line.items() if k != "seconds"} for line in uninterrupted[2]]
-    again = [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+    untimed = [{k: v for k, v in line.items() if k not in TIMES} for line in uninterrupted[2]]
+    again = [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
     assert again == untimed[-len(again) :] and again[0]["step"] <= step
 
 
@@ -422,18 +443,52 @@ def test_a_damaged_checkpoint_is_said(tmp_path: Path, uninterrupted: tuple[Path,
 def test_a_loss_that_is_not_finite_stops_the_training(tmp_path: Path) -> None:
     model = initial()
     broken = jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(jnp.nan), model.params)
-    with pytest.raises(RunError, match=r"training step 1 \(stage 1\): loss nan") as error:
-        run(tmp_path, model=dataclasses.replace(model, params=broken), checkpoint_seconds=1e-9)
+    lines: list[dict[str, Any]] = []
+    with pytest.raises(RunError, match=r"training step 4 \(stage 1\): loss nan, .* the 4. step") as error:
+        run(tmp_path, lines.append, model=dataclasses.replace(model, params=broken))
     assert "\n" not in str(error.value)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    for line in lines:
+        assert line["loss"] is None and set(line["not_finite"]) <= {e.rollout_id for e in PHASES[0].examples}
+        assert line["not_finite"]
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_batch_without_a_token_to_learn_stops_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def third_is_empty(*args: Any, **kwargs: Any) -> Any:
-        for index, (tokens, mask) in enumerate(batches(*args, **kwargs)):
-            yield tokens, mask & (index != 2)
+def test_a_step_that_is_not_finite_changes_nothing() -> None:
+    """Weights and moments; the next step has the rate of its number."""
+    model, spec = initial(), TrainSpec(steps=9, batch=2, warmup=0.5)
+    transform = optimizer(spec, 9)
+    batch, _ = next(batches_of(Phase("", examples(6), 1), rows=2))
+    batch = jax.tree.map(jnp.asarray, batch)
+    params = jax.tree.map(jnp.copy, model.params)
+    state = (params, transform.init(params))
+    state = train_step(model.graph, transform, *state, batch)[:2]
+    before = jax.tree.map(np.array, state)
+    # A weight of the output norm so large that logits overflow to infinity, for one step.
+    good = state[0]["norm"]["weight"][...]
+    state[0]["norm"]["weight"][...] = good.at[0].set(jnp.inf)
+    *state, metrics = train_step(model.graph, transform, *state, batch)
+    assert not np.isfinite(metrics["loss"])
+    state[0]["norm"]["weight"][...] = jnp.asarray(before[0]["norm"]["weight"][...])
+    counts = 0
+    for new, old in zip(jax.tree.leaves(tuple(state)), jax.tree.leaves(before), strict=True):
+        if jnp.issubdtype(new.dtype, jnp.floating):
+            np.testing.assert_array_equal(new, old)
+        else:
+            assert new == old + 1
+            counts += 1
+    assert counts == 2  # of the schedule and of Adam
 
-    monkeypatch.setattr(loop, "batches", third_is_empty)
+
+def test_a_batch_without_a_token_to_learn_stops_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[None] = []
+
+    def third_is_empty(*args: Any) -> Any:
+        batch, example = unpack(*args)
+        calls.append(None)
+        return batch._replace(mask=batch.mask & (len(calls) != 3)), example
+
+    monkeypatch.setattr(loop, "unpack", third_is_empty)
     with pytest.raises(RunError, match=r"training step 3 \(stage 1\): the batch has no token to learn"):
         run(tmp_path)
 

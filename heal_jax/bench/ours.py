@@ -15,6 +15,7 @@ from heal_jax.model.lm import LanguageModel
 from heal_jax.rollout.decode import Rollouts, decode, last_hidden, roll_out
 from heal_jax.rollout.draw import typed
 from heal_jax.rollout.score import score, teacher_forced
+from heal_jax.train.data import Batch
 from heal_jax.train.loop import optimizer
 from heal_jax.train.step import train_step
 
@@ -133,11 +134,11 @@ def training(lm: LanguageModel, tokens: np.ndarray, spec: TrainSpec) -> Callable
     transform = optimizer(spec, spec.steps)
     params = jax.tree.map(jnp.copy, lm.model.params)
     state = [params, jax.jit(transform.init)(params)]
-    batch, mask = jnp.asarray(tokens), jnp.ones(tokens.shape, bool).at[:, 0].set(False)
+    batch = Batch(jnp.asarray(tokens), None, None, jnp.ones(tokens.shape, bool).at[:, 0].set(False))
     dtype = jnp.dtype(jnp.float32)
 
     def run() -> jax.Array:
-        *state[:], metrics = train_step(lm.model.graph, transform, state[0], state[1], batch, mask, dtype)
+        *state[:], metrics = train_step(lm.model.graph, transform, state[0], state[1], batch, dtype)
         jax.block_until_ready(state)
         return metrics["loss"]
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
+from heal_jax import cache
 from heal_jax.bench import decode, machine, round, shared, train
 from heal_jax.bench.context import Bench
 from heal_jax.bench.figure import Figure, markdown, show
@@ -37,6 +38,7 @@ def run(
     """Measure one part, or all; the table (as Markdown, if `table`), and JSON in `file`."""
     start = time.monotonic()
     with Progress() as progress:
+        cache.enable(progress.say)  # compiling is no part of any figure, and is most of a first run
         lm = open_model(ModelSpec(model))
         bench = Bench(lm, quick, 2 if quick else REPEATS, tunix_python, progress.say)
         found = machine.describe()

@@ -19,7 +19,7 @@ from heal_jax.model.config import DecoderConfig
 from heal_jax.model.experts import Experts
 from heal_jax.model.kernels import full_attention
 from heal_jax.model.kv_cache import Cache, Held, View, after, write
-from heal_jax.model.layers import in_turn
+from heal_jax.model.layers import Remat, in_turn
 from heal_jax.model.mesh import constrain
 from heal_jax.model.rope import rotate
 
@@ -226,13 +226,13 @@ class Decoder(nnx.Module):
         return x * jnp.asarray(self.config.hidden_size**0.5, x.dtype) if self.config.gemma else x
 
     def __call__(
-        self, tokens: Array, segments: Array | None = None, positions: Array | None = None, *, remat: bool = False
+        self, tokens: Array, segments: Array | None = None, positions: Array | None = None, *, remat: Remat = "none"
     ) -> Array:
         """Full pass without a cache: tokens [B, T] int32 -> hidden states [B, T, D] after the last norm.
 
         Rows are padded on the right; causality keeps padding out of what precedes it. With segments [B, T] int32 a
-        token sees its own segment alone (packed rows; give positions [B, T] too). With `remat` the backward pass
-        computes each block again from its input, the only thing that is kept.
+        token sees its own segment alone (packed rows; give positions [B, T] too). remat: what the
+        backward pass computes again.
         """
         slots = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         positions = slots if positions is None else positions

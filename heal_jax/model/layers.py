@@ -7,7 +7,7 @@ rope and experts are; families repeat patterns of them (Gemma: five local layers
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +22,16 @@ SCAN_FROM = 4  # repetitions; fewer save little compiling, and their weights are
 # which is slower by a fifth and takes two thirds more memory. A TPU's takes minutes for as few as two layers.
 UNROLLED = ("cpu",)
 
+Remat = Literal["none", "dots", "block"]
+"""What the backward pass computes again: nothing; of each block all but its matrix products with weights; all of it."""
 Apply = Callable[[Any, Array], Array]  # a block, x [B, T, D] -> x [B, T, D]
 
 
-def in_turn(apply: Apply, blocks: Sequence[Any], config: DecoderConfig, x: Array, remat: bool) -> Array:
-    """x [B, T, D] through all blocks; with `remat` the backward pass computes each again from its input."""
-    apply = nnx.remat(apply) if remat else apply
+def in_turn(apply: Apply, blocks: Sequence[Any], config: DecoderConfig, x: Array, remat: Remat) -> Array:
+    """x [B, T, D] through all blocks."""
+    if remat != "none":
+        kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+        apply = nnx.remat(apply, policy=kept)
     for start, period, times in stretches(config):
         stretch = blocks[start : start + period * times]
         if times > 1 and platform() not in UNROLLED:

@@ -7,6 +7,7 @@ whole blocks; `fused`, in a TPU's kernel, without the blocks that it skips.
 from heal_jax.model.attention import QUERY_BLOCK
 from heal_jax.model.config import DecoderConfig
 from heal_jax.model.kernels import scores
+from heal_jax.model.layers import Remat
 
 
 def linear(config: DecoderConfig, layer: int) -> float:
@@ -56,14 +57,15 @@ def keys_and_values(config: DecoderConfig, tokens: int, fused: bool = False) -> 
     return tokens * products + to_itself(config, tokens, last, fused)
 
 
-def training(config: DecoderConfig, tokens: int, remat: bool, fused: bool = False) -> float:
+def training(config: DecoderConfig, tokens: int, remat: Remat, fused: bool = False) -> float:
     """FLOPs of an update on a row: forward, twice that backward, and forward again where that is rematerialised.
 
-    Logits and the blocks of queries of long rows always are; with `remat` so is all else, and those scores once more.
-    The kernel makes seven products backward for two forward: two of its own compute the scores again.
+    Logits and the blocks of queries of long rows always are; with `remat` so are the scores, and with "block" the
+    products with weights. The kernel makes seven products backward for two forward: two of its own compute the scores
+    again.
     """
     products = tokens * sum(linear(config, layer) for layer in range(config.num_layers))
-    long = tokens > QUERY_BLOCK
-    times = 4.5 + remat if fused else 3 + remat + long
+    long, again = tokens > QUERY_BLOCK, remat != "none"
+    times = 4.5 + again if fused else 3 + again + long
     mixed = times * to_itself(config, tokens, config.num_layers, fused)
-    return (3 + remat) * products + mixed + (3 + long) * tokens * head(config)
+    return (3 + (remat == "block")) * products + mixed + (3 + long) * tokens * head(config)

@@ -41,6 +41,7 @@ from heal_jax.shapes import (
     sample_shape,
     score_shape,
 )
+from heal_jax.train.data import Batch
 from heal_jax.train.loop import abstract_state, optimizer
 from heal_jax.train.step import train_step
 
@@ -221,12 +222,13 @@ class Train(Program):
     def lower(self, mesh: Mesh) -> Any:
         model, state = self.model.on(mesh), self._state(mesh)
         transform = optimizer(self.spec, self.spec.steps)
-        batch = [jax.ShapeDtypeStruct((self.rows, self.width), kind) for kind in (jnp.int32, jnp.bool_)]
+        kinds = (jnp.int32, jnp.int32, jnp.int32, jnp.bool_)
+        batch = Batch(*_placed(mesh, [jax.ShapeDtypeStruct((self.rows, self.width), kind) for kind in kinds]))
         pinned = tuple(leaf.sharding for leaf in jax.tree.leaves((state["params"], state["opt_state"])))
         dtype = jnp.dtype(self.model.dtype)
-        arguments = model.graph, transform, state["params"], state["opt_state"], *_placed(mesh, batch)
+        arguments = model.graph, transform, state["params"], state["opt_state"], batch
         with using(mesh):
-            return train_step.lower(*arguments, dtype, pinned, self.spec.remat)
+            return train_step.lower(*arguments, dtype, pinned, self.spec.remat, self.spec.accumulate)
 
     def analytic(self) -> tuple[float, float, float]:
         fused = self.fused(self.width)
@@ -334,7 +336,7 @@ def _all(config: Config, work: Workload, mesh: Mesh, teacher: Weights, student: 
     yield scored("hindsight", hindsight, hard, work.prompt)
     yield from rolled("repair", teacher, repair, paths)
     yield scored("repair", repair, paths, longest)
-    width = bucket(config.train.max_tokens)
+    width = max(config.train.row_tokens, bucket(config.train.max_tokens))
     updates = 2 * config.train.steps  # HEAL and the baseline
     yield Train(("train",), student, (student,), updates, rows=config.train.batch, width=width, spec=config.train)
     # Other models' weights that are in memory then: the student as it was, from before its training on.

@@ -19,12 +19,14 @@ WRITE_SECONDS = 600  # for a checkpoint; longer, and the training ends with an e
 
 @dataclasses.dataclass
 class Progress:
-    """What training has done: optimizer steps, tokens (padding not counted), tokens in the loss, seconds."""
+    """What training has done: optimizer steps, tokens (padding not counted), tokens in the loss, seconds; how many of
+    the steps were not finite and changed nothing."""
 
     step: int = 0
     tokens: int = 0
     loss_tokens: int = 0
     seconds: float = 0.0
+    skipped: int = 0
 
 
 @contextlib.contextmanager
@@ -64,12 +66,14 @@ def require_room(folder: Path, state: dict[str, Any]) -> None:
 
 def restore(
     checkpointer: ocp.training.Checkpointer, target: dict[str, Any], identity: dict[str, Any]
-) -> tuple[dict[str, Any], Progress]:
-    """The latest checkpoint, placed as in `target`. Raises RunError where it is damaged or another training's."""
+) -> tuple[dict[str, Any], Progress, Any]:
+    """The latest checkpoint, placed as in `target`, and the state of the data where it lies within a phase. Raises
+    RunError where it is damaged or another training's."""
     latest = checkpointer.latest
     try:
         metadata = checkpointer.metadata(latest).custom_metadata
         training, progress = metadata["training"], Progress(**metadata["progress"])
+        data = metadata["data"]
         differing = [name for name in identity if training.get(name) != identity[name]]
         state = None if differing else checkpointer.load(latest, target)
     except Exception as error:
@@ -80,7 +84,7 @@ def restore(
             f"{latest.path}: of another training, with different {' and '.join(differing)}; "
             f"remove {checkpointer.directory} to train anew"
         )
-    return state, progress
+    return state, progress, data
 
 
 def remove_torn(folder: Path) -> None:

@@ -6,11 +6,10 @@ TensorFlow itself is never imported. A stage's folder is the dataset's own: `tfd
 import contextlib
 import dataclasses
 import io
-import itertools
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -110,35 +109,67 @@ def read_stage(folder: Path) -> list[Example]:
     ]
 
 
-def row_length(examples: Sequence[Example]) -> int:
-    """The smallest multiple of 32 that holds the longest example: one length, so one compilation, for a whole training.
-
-    Raises ValueError without examples.
+def row_length(examples: Sequence[Example], tokens: int = 0) -> int:
+    """Slots of a row: `tokens`, or what the longest example needs (in steps of 32) where that is more. One length, so
+    one compilation, for a whole training. Raises ValueError without examples.
     """
-    return bucket(max(len(example.tokens) for example in examples))
+    return max(tokens, bucket(max(len(example.tokens) for example in examples)))
+
+
+class Batch(NamedTuple):
+    """Rows of whole examples, one after another.
+
+    tokens [rows, length] int32, padded on the right; segments [rows, length] int32: 1, 2, ... for a row's examples, 0
+    for padding; positions [rows, length] int32, from 0 in each example; mask [rows, length] bool: what is learned.
+    """
+
+    tokens: Any
+    segments: Any
+    positions: Any
+    mask: Any
+
+
+BINS = 256  # rows that are open for an example at once; 64 leave up to a tenth of the slots empty
 
 
 def batches(
-    examples: Sequence[Example], rows: int, length: int, seed: int, pad_id: int, skip: int = 0
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Endless batches from the skip-th on: tokens [rows, length] int32 and loss mask [rows, length] bool.
+    examples: Sequence[Example], rows: int, length: int, seed: int, pad_id: int
+) -> grain.DatasetIterator[dict[str, np.ndarray]]:
+    """Endless batches of `rows` rows by a Grain iterator, whose `get_state` goes on anywhere; `unpack` reads them.
 
-    Every epoch is a new order, fixed by seed (0 <= seed < 2**32); a batch goes on over the end of an epoch. Rows are
-    padded on the right. The mask is set from prompt_length to the last token (EOS included), by lengths and never by
-    token ids: an EOS or a sampled token that equals pad_id is learned. Raises ValueError without examples and for one
-    longer than `length`.
+    Every epoch is a new order, fixed by seed (0 <= seed < 2**32); batches go on over the end of an epoch. Examples are
+    packed first-fit, never split. The mask is set from prompt_length to the last token (EOS included), by lengths and
+    never by token ids: an EOS or a sampled token that equals pad_id is learned. Every process makes the same rows and
+    keeps those of its devices, so that what is in a batch does not depend on their number. Close it: a thread works
+    ahead. Raises ValueError without examples and for one longer than `length`.
     """
     if not examples:
         raise ValueError("no examples to make batches of")
     if max(len(example.tokens) for example in examples) > length:
         raise ValueError(f"an example is longer than {length} tokens: give a larger length")
 
-    def row(example: Example) -> tuple[np.ndarray, np.ndarray]:
-        tokens = np.full(length, pad_id, np.int32)
-        tokens[: len(example.tokens)] = example.tokens
-        mask = np.zeros(length, bool)
-        mask[example.prompt_length : len(example.tokens)] = True
-        return tokens, mask
+    def features(index: int) -> dict[str, np.ndarray]:
+        example = examples[index]
+        count = len(example.tokens)
+        return {
+            "tokens": np.asarray(example.tokens, np.int32),
+            "mask": np.arange(count) >= example.prompt_length,
+            "example": np.full(count, index, np.int32),
+        }
 
-    stream = grain.MapDataset.source(examples).seed(seed).shuffle().map(row).repeat().batch(rows)
-    return (stream[index] for index in itertools.count(skip))
+    order = grain.MapDataset.source(range(len(examples))).seed(seed).shuffle().repeat().map(features)
+    packed = grain.experimental.FirstFitPackIterDataset(
+        order.to_iter_dataset(),
+        length_struct={"tokens": length, "mask": length, "example": length},
+        num_packing_bins=BINS,
+        shuffle_bins=False,
+        meta_features=("mask", "example"),
+        padding_struct={"tokens": pad_id, "mask": False, "example": -1},
+    ).batch(rows)
+    return iter(grain.experimental.ThreadPrefetchIterDataset(packed, prefetch_buffer_size=2))
+
+
+def unpack(features: dict[str, np.ndarray]) -> tuple[Batch, np.ndarray]:
+    """A batch of `batches`, and the index of each slot's example, [rows, length] int32, -1 for padding."""
+    f = features
+    return Batch(f["tokens"], f["tokens_segment_ids"], f["tokens_positions"], f["mask"]), f["example"]

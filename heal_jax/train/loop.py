@@ -5,6 +5,7 @@ phases. Which batch and which rate a step has follows from the global step alone
 are the whole state.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -14,8 +15,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,10 +32,10 @@ from heal_jax.model.mesh import put_batch, using
 from heal_jax.model.weights import shardings
 from heal_jax.processes import once
 from heal_jax.train.checkpoint import Progress, opened, remove_torn, require_room, restore, writing
-from heal_jax.train.data import Example, batches
+from heal_jax.train.data import Batch, Example, batches, unpack
+from heal_jax.train.meter import Meter
 from heal_jax.train.step import train_step
 
-LOG_EVERY = 10  # steps
 FINAL_RATE = 0.1  # of the peak: the last stage, the repairs, comes at the end and must still be learned
 B2 = 0.95  # remembers about 20 steps: short runs, and a new stage changes the size of the gradients
 
@@ -98,6 +100,13 @@ def optimizer(spec: TrainSpec, total_steps: int) -> optax.GradientTransformation
     )
 
 
+class Trained(NamedTuple):
+    """The model, in the dtype that it had before, and what its training took."""
+
+    model: Model
+    progress: Progress
+
+
 def train(
     model: Model,
     phases: Sequence[Phase],
@@ -110,19 +119,20 @@ def train(
     checkpoint_seconds: float,
     mesh: Mesh | None,
     log: Callable[[dict[str, Any]], None],
-) -> Model:
+) -> Trained:
     """Train a copy of `model` through the phases; goes on from the latest committed checkpoint in `folder`.
 
-    Batches are [spec.batch, length]; no example may be longer. The master weights are float32, the forward and backward
-    pass is in the model's dtype, and so is what is returned. A checkpoint is written at the end of every phase and when
-    `checkpoint_seconds` have passed; all of them are on disk on return. An interrupted training that is called again
-    with the same arguments ends with the same bits; a finished one is only restored.
+    Batches are [spec.batch, length], of whole examples; none may be longer. The master weights are float32, the forward
+    and backward pass is in the model's dtype, and so is what is returned. A checkpoint is written at the end of every
+    phase and when `checkpoint_seconds` have passed; all of them are on disk on return. An interrupted training that is
+    called again with the same arguments ends with the same bits; a finished one is only restored.
 
-    `log` gets step (from 1, over all phases), phase, loss (nats a token), grad_norm (before clipping), learning_rate,
-    and, summed from step 1 on over all attempts, tokens (padding not counted), loss_tokens and seconds; every 10 steps
-    and at each phase's last. Raises RunError where there is nothing to train on, where the loss or the gradient is not
-    finite, where a batch has no token to learn, where a checkpoint cannot be written, and where the one that is there
-    is damaged or another training's.
+    `log` gets step (from 1, over all phases), phase, loss (nats a token), grad_norm (before clipping), learning_rate;
+    since the last line of this attempt tokens_per_second and mfu (see `Meter`); from step 1 on, over all attempts,
+    tokens (padding not counted), loss_tokens, seconds and skipped: every `log_every` steps, at each phase's last, and
+    where loss or gradient is not finite, with the rollouts of that batch as not_finite. Raises RunError where there is
+    nothing to train on, where more steps than `max_skipped` are not finite, where a batch has no token to learn, where
+    a checkpoint cannot be written, and where the one that is there is damaged or another training's.
     """
     total = sum(phase.steps for phase in phases)
     if total == 0 or any(phase.steps and not phase.examples for phase in phases):
@@ -137,63 +147,95 @@ def train(
     once(lambda: remove_torn(folder))
     with opened(folder) as checkpointer:
         if checkpointer.latest is None:
-            state, progress = _initial_state(model, transform, target), Progress()
+            state, progress, data = _initial_state(model, transform, target), Progress(), None
         else:
-            state, progress = restore(checkpointer, target, identity)
-        clock = time.monotonic() - progress.seconds
-        saved_at = time.monotonic()
-        for phase, step, ends, tokens, mask in _steps(phases, progress.step, spec.batch, length, seed, pad_id):
-            if not mask.any():
-                raise RunError(f"training step {step} ({phase}): the batch has no token to learn; look at its examples")
-            batch = put_batch(mesh, (tokens, mask))
+            state, progress, data = restore(checkpointer, target, identity)
+        clock, saved_at = time.monotonic() - progress.seconds, time.monotonic()
+        meter = Meter(model.config, spec, length, progress)
+        for at, batch, ids, stream in _steps(phases, progress.step, data, spec.batch, length, seed, pad_id):
+            if not batch.mask.any():
+                raise RunError(f"training step {at.step} ({at.phase}): the batch has no token to learn: {ids[:10]}")
+            placed = put_batch(mesh, batch)
             with using(mesh):
                 params, opt_state, metrics = train_step(
-                    model.graph, transform, state["params"], state["opt_state"], *batch, dtype, pinned, spec.remat
+                    model.graph,
+                    transform,
+                    state["params"],
+                    state["opt_state"],
+                    placed,
+                    dtype,
+                    pinned,
+                    spec.remat,
+                    spec.accumulate,
                 )
             state = {"params": params, "opt_state": opt_state}
             loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
-            if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-                raise RunError(
-                    f"training step {step} ({phase}): loss {loss}, gradient norm {grad_norm}; "
-                    "lower train.learning_rate or raise train.warmup, and start this training anew"
-                )
+            finite = math.isfinite(loss) and math.isfinite(grad_norm)
             progress = Progress(
-                step=step,
-                # A row's last real token is one to learn, so the mask alone tells padding.
-                tokens=progress.tokens + int((length - mask[:, ::-1].argmax(axis=1)).sum()),
-                loss_tokens=progress.loss_tokens + int(mask.sum()),
+                step=at.step,
+                tokens=progress.tokens + int((batch.segments > 0).sum()),
+                loss_tokens=progress.loss_tokens + int(batch.mask.sum()),
                 seconds=time.monotonic() - clock,
+                skipped=progress.skipped + (not finite),
             )
-            if ends or step % LOG_EVERY == 0:
-                measured = {"loss": loss, "grad_norm": grad_norm, "learning_rate": float(rate(step - 1))}
-                log({"phase": phase, **measured, **dataclasses.asdict(progress)})
+            if at.ends or at.step % spec.log_every == 0 or not finite:
+                measured = {"loss": _number(loss), "grad_norm": _number(grad_norm)}
+                measured["learning_rate"] = float(rate(at.step - 1))
+                skipped = {} if finite else {"not_finite": ids}
+                log({"phase": at.phase, **measured, **dataclasses.asdict(progress), **meter.since(progress), **skipped})
+            if progress.skipped > spec.max_skipped:
+                raise RunError(
+                    f"training step {at.step} ({at.phase}): loss {loss}, gradient norm {grad_norm}, the "
+                    f"{progress.skipped}. step that is not finite (train.max_skipped: {spec.max_skipped}); its "
+                    "examples are in metrics.jsonl under not_finite; lower train.learning_rate or raise train.warmup, "
+                    "and start this training anew"
+                )
             # The first process decides for all: their clocks differ, and a save needs every one of them.
             due = time.monotonic() - saved_at >= checkpoint_seconds
-            if ends or once(functools.partial(bool, due)):
-                metadata = {"training": identity, "progress": dataclasses.asdict(progress)}
+            if at.ends or once(functools.partial(bool, due)):
+                data = None if at.ends else stream.get_state()
+                metadata = {"training": identity, "progress": dataclasses.asdict(progress), "data": data}
                 once(functools.partial(require_room, folder, state))
                 with writing(folder):
-                    checkpointer.save_async(step, state, force=True, custom_metadata=metadata)
+                    checkpointer.save_async(at.step, state, force=True, custom_metadata=metadata)
                 saved_at = time.monotonic()
         with writing(folder):
             checkpointer.wait()
     params = jax.tree.map(lambda new, old: new.astype(old.dtype), state["params"], model.params)
-    return dataclasses.replace(model, params=params)
+    return Trained(dataclasses.replace(model, params=params), progress)
+
+
+class At(NamedTuple):
+    """A step: its phase's name, its number from 1 on over all phases, and whether it ends the phase."""
+
+    phase: str
+    step: int
+    ends: bool
 
 
 def _steps(
-    phases: Sequence[Phase], done: int, rows: int, length: int, seed: int, pad_id: int
-) -> Iterator[tuple[str, int, bool, np.ndarray, np.ndarray]]:
-    """The steps after the first `done`: phase, step (from 1), whether it ends the phase, tokens, loss mask."""
+    phases: Sequence[Phase], done: int, data: Any, rows: int, length: int, seed: int, pad_id: int
+) -> Iterator[tuple[At, Batch, list[str], grain.DatasetIterator]]:
+    """The steps after the first `done`: where they are, the batch, its rollouts' ids, and the phase's iterator, whose
+    state `data` is where the first `done` end within a phase."""
     end = 0
     for index, phase in enumerate(phases):
         start, end = end, end + phase.steps
         if done >= end or start == end:
             continue
         order = int(np.random.SeedSequence([seed % 2**64, index]).generate_state(1)[0])
-        stream = batches(phase.examples, rows, length, order, pad_id, skip=max(0, done - start))
-        for step in range(max(done, start) + 1, end + 1):
-            yield phase.name, step, step == end, *next(stream)
+        with contextlib.closing(batches(phase.examples, rows, length, order, pad_id)) as stream:
+            if done > start:
+                stream.set_state(data)
+            for step in range(max(done, start) + 1, end + 1):
+                batch, example = unpack(next(stream))
+                ids = [phase.examples[i].rollout_id for i in np.unique(example[example >= 0])]
+                yield At(phase.name, step, step == end), batch, ids, stream
+
+
+def _number(x: float) -> float | None:
+    """null in JSON, which knows no other number for it."""
+    return x if math.isfinite(x) else None
 
 
 def abstract_state(model: Model, transform: optax.GradientTransformation, mesh: Mesh | None) -> dict[str, Any]:

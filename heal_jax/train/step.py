@@ -1,6 +1,7 @@
 """Loss and optimizer step."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,23 +10,35 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Sharding
 
+from heal_jax.model.layers import Remat
 from heal_jax.model.mesh import constrain
+from heal_jax.train.data import Batch
 
 LOSS_CHUNK = 512  # positions whose logits are held at once: [8, 16k, 152k] of them would be 80 GB
 
 
-def token_losses(graph: nnx.GraphDef, params: nnx.State, tokens: Array, *, remat: bool = False) -> Array:
-    """Cross-entropy of each token given those before it.
+def token_losses(
+    graph: nnx.GraphDef,
+    params: nnx.State,
+    tokens: Array,
+    segments: Array | None = None,
+    positions: Array | None = None,
+    *,
+    remat: Remat = "none",
+) -> Array:
+    """Cross-entropy of each token given those before it, in packed rows those of its segment.
 
-    tokens [B, T] int32 -> [B, T] float32 nats; entry t is the loss of token t, entry 0 is 0 (nothing predicts it).
-    remat: compute the blocks again in the backward pass, as beyond LOSS_CHUNK tokens the logits always are.
+    tokens, segments, positions [B, T] int32 -> [B, T] float32 nats; entry t is the loss of token t. It says nothing of
+    the first token of a row (0) or of a segment, which nothing predicts. remat: what the backward pass computes again,
+    as beyond LOSS_CHUNK tokens it always does the logits.
     """
     model = nnx.merge(graph, params)
     targets = tokens[:, 1:]
     rows, length = targets.shape
     # The last token predicts nothing. In long rows it is computed all the same: see `score`.
-    seen = tokens if length > LOSS_CHUNK else tokens[:, :-1]
-    hidden = constrain(model(seen, remat=remat), "batch", None, None)[:, :length]
+    width = length + (length > LOSS_CHUNK)
+    seen = (None if x is None else x[:, :width] for x in (tokens, segments, positions))
+    hidden = constrain(model(*seen, remat=remat), "batch", None, None)[:, :length]
 
     def part(args: tuple[Array, Array]) -> Array:
         logits = constrain(model.logits(args[0]), "batch", None, "vocab")
@@ -44,21 +57,26 @@ def token_losses(graph: nnx.GraphDef, params: nnx.State, tokens: Array, *, remat
 def loss_fn(
     params: nnx.State,
     graph: nnx.GraphDef,
-    tokens: Array,
-    loss_mask: Array,
+    batch: Batch,
+    count: Array | None = None,
     dtype: jnp.dtype | None = None,
-    remat: bool = False,
+    remat: Remat = "none",
 ) -> Array:
-    """Mean loss over the tokens whose mask [B, T] bool is set: a scalar. Weights are cast to `dtype` if given."""
+    """Sum of the losses of tokens whose mask is set over `count`, by default their number: a scalar. Weights are
+    cast to `dtype` if given."""
     if dtype is not None:
         params = jax.tree.map(lambda x: x.astype(dtype), params)
-    losses = token_losses(graph, params, tokens, remat=remat)
-    return jnp.sum(losses * loss_mask) / jnp.maximum(jnp.sum(loss_mask), 1)
+    losses = token_losses(graph, params, batch.tokens, batch.segments, batch.positions, remat=remat)
+    return jnp.sum(losses * batch.mask) / (_learned(batch) if count is None else count)
+
+
+def _learned(batch: Batch) -> Array:
+    return jnp.maximum(jnp.sum(batch.mask), 1)
 
 
 @partial(
     jax.jit,
-    static_argnames=("graph", "optimizer", "dtype", "shardings", "remat"),
+    static_argnames=("graph", "optimizer", "dtype", "shardings", "remat", "accumulate"),
     donate_argnames=("params", "opt_state"),
 )
 def train_step(
@@ -66,24 +84,43 @@ def train_step(
     optimizer: optax.GradientTransformation,
     params: nnx.State,
     opt_state: optax.OptState,
-    tokens: Array,
-    loss_mask: Array,
+    batch: Batch,
     dtype: jnp.dtype | None = None,
     shardings: tuple[Sharding, ...] | None = None,
-    remat: bool = False,
+    remat: Remat = "none",
+    accumulate: int = 1,
 ) -> tuple[nnx.State, optax.OptState, dict[str, Array]]:
-    """One update on tokens [B, T] int32 with loss_mask [B, T] bool. Metrics: loss, grad_norm (scalars, float32).
+    """One update on a batch of [B, T]. Metrics: loss (nats a learned token), grad_norm (scalars, float32).
 
-    dtype: what to compute in where it is not the weights' own (float32 weights, bfloat16 compute). shardings: of the
-    leaves of (params, opt_state), to keep; left to itself the compiler moves some, and the next step compiles anew.
-    remat: see `token_losses`.
+    Where one of these is not finite, weights and moments stay as they were, and the step counts. dtype: what to compute
+    in where it is not the weights' own (float32 weights, bfloat16 compute). shardings: of the leaves of (params,
+    opt_state), to keep; left to itself the compiler moves some, and the next step compiles anew. remat: see
+    `token_losses`. accumulate: parts that the rows are taken in, one after another, for less memory; the same sum.
     """
-    loss, grads = jax.value_and_grad(loss_fn)(params, graph, tokens, loss_mask, dtype, remat)
-    updates, opt_state = optimizer.update(grads, opt_state, params)
-    metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
-    params = optax.apply_updates(params, updates)
+    value_and_grad = jax.value_and_grad(loss_fn)
+    if accumulate == 1:
+        loss, grads = value_and_grad(params, graph, batch, None, dtype, remat)
+    else:
+        count = _learned(batch)
+
+        def part(total: Any, rows: Batch) -> tuple[Any, None]:
+            rows = jax.tree.map(lambda x: constrain(x, "batch", None), rows)
+            return jax.tree.map(jnp.add, total, value_and_grad(params, graph, rows, count, dtype, remat)), None
+
+        # Every accumulate-th row: each device keeps its own.
+        parts = jax.tree.map(lambda x: x.reshape(-1, accumulate, x.shape[1]).swapaxes(0, 1), batch)
+        (loss, grads), _ = jax.lax.scan(part, (jnp.float32(0), jax.tree.map(jnp.zeros_like, params)), parts)
+    norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    updates, moved = optimizer.update(grads, opt_state, params)
+    after = optax.apply_updates(params, updates), moved
+
+    def chosen(new: Array, old: Array) -> Array:
+        return jnp.where(finite, new, old) if jnp.issubdtype(new.dtype, jnp.floating) else new
+
+    params, opt_state = jax.tree.map(chosen, after, (params, opt_state))
     if shardings is not None:
         leaves, tree = jax.tree.flatten((params, opt_state))
         pinned = [jax.lax.with_sharding_constraint(x, s) for x, s in zip(leaves, shardings, strict=True)]
         params, opt_state = jax.tree.unflatten(tree, pinned)
-    return params, opt_state, metrics
+    return params, opt_state, {"loss": loss, "grad_norm": norm}

@@ -19,6 +19,7 @@ from heal_jax.errors import InputError
 from heal_jax.model.config import both_spellings, parse
 from heal_jax.model.decoder import Model, initialise
 from heal_jax.model.weights import save_weights
+from heal_jax.train.data import Batch
 from heal_jax.train.step import train_step
 from heal_jax.world import problems, tokenizer, traces
 
@@ -127,9 +128,8 @@ def pretrain(recipe: Recipe, report: Callable[[int, float], None]) -> Model:
     stream = batches(recipe, tokenizer.build())
     for step in range(1, recipe.steps + 1):
         tokens, mask = next(stream)
-        params, state, metrics = train_step(
-            model.graph, optimizer, params, state, jnp.asarray(tokens), jnp.asarray(mask)
-        )
+        batch = Batch(jnp.asarray(tokens), None, None, jnp.asarray(mask))
+        params, state, metrics = train_step(model.graph, optimizer, params, state, batch)
         if step % 50 == 0:
             report(step, float(metrics["loss"]))
     return dataclasses.replace(model, params=params)
