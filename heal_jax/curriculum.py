@@ -80,10 +80,12 @@ def _curate(run: Run) -> dict[str, Any]:
                     len(prompt),
                 )
                 stages[decision.stage].append(example)
+        teacher = run.directory.manifest["models"]["teacher"]["sha256"]
+        origin = {"problems": config.problems.source, "teacher": f"{config.teacher.path}, sha256 {teacher}"}
         for stage, examples in stages.items():
             folder = run.root / "curriculum" / f"stage{stage}"
             if examples:
-                write_stage(folder, stage, examples)
+                write_stage(folder, stage, examples, origin)
             else:
                 shutil.rmtree(folder, ignore_errors=True)
                 run.progress.say(f"curate     stage {stage} is empty: it is skipped, its steps go to the others")

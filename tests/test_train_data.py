@@ -25,6 +25,7 @@ def example(index: int, tokens: int = 6, prompt: int = 2) -> Example:
     return Example(f"r{index}", f"p{index}", "base", tuple(range(100 * index, 100 * index + tokens)), prompt)
 
 
+ORIGIN = {"teacher": "models/teacher", "problems": "rg:chain_sum"}
 EXAMPLES = [example(i, tokens=3 + i, prompt=1 + i % 2) for i in range(1, 8)]
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
@@ -41,19 +42,23 @@ def any_example(draw: st.DrawFn) -> Example:
 def test_a_stage_comes_back_as_it_was_written(examples: list[Example]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         stage = Path(folder) / "curriculum" / "stage2"
-        write_stage(stage, 2, examples)
+        write_stage(stage, 2, examples, ORIGIN)
         assert read_stage(stage) == examples
 
 
 def test_the_folder_is_the_dataset(tmp_path: Path) -> None:
-    write_stage(tmp_path / "stage1", 1, EXAMPLES)
+    write_stage(tmp_path / "stage1", 1, EXAMPLES, ORIGIN)
     assert [path.name for path in tmp_path.iterdir()] == ["stage1"]
     assert sorted(path.name for path in (tmp_path / "stage1").iterdir()) == [
+        "README.md",
         "dataset_info.json",
         "features.json",
         "pace-train.array_record-00000-of-00001",
     ]
     assert not [path for path in (tmp_path / "stage1").iterdir() if str(tmp_path) in path.read_text(errors="ignore")]
+    said = (tmp_path / "stage1" / "README.md").read_text()
+    learned = sum(len(e.tokens) - e.prompt_length for e in EXAMPLES)
+    assert "examples: 7, of 7 problems" in said and f"learn: {learned}, " in said and "models/teacher" in said
     source = tfds.builder_from_directory(tmp_path / "stage1").as_data_source(split="train")
     assert len(source) == len(EXAMPLES)
     assert source[2]["tokens"].tolist() == list(EXAMPLES[2].tokens) and source[2]["tokens"].dtype == np.int32
@@ -61,36 +66,36 @@ def test_the_folder_is_the_dataset(tmp_path: Path) -> None:
 
 def test_order_is_kept_for_many_examples(tmp_path: Path) -> None:
     examples = [example(i) for i in range(2000)]
-    write_stage(tmp_path / "stage3", 3, examples)
+    write_stage(tmp_path / "stage3", 3, examples, ORIGIN)
     assert read_stage(tmp_path / "stage3") == examples
 
 
 def test_writing_again_replaces_and_failing_leaves_the_old(tmp_path: Path) -> None:
     stage = tmp_path / "stage1"
-    write_stage(stage, 1, EXAMPLES)
-    write_stage(stage, 1, EXAMPLES[:2])
+    write_stage(stage, 1, EXAMPLES, ORIGIN)
+    write_stage(stage, 1, EXAMPLES[:2], ORIGIN)
     assert read_stage(stage) == EXAMPLES[:2]
     beyond_int32 = Example("r", "p", "base", (1, 2**40), 1)
     with pytest.raises(Exception, match="out of bounds"):
-        write_stage(stage, 1, [*EXAMPLES, beyond_int32])
+        write_stage(stage, 1, [*EXAMPLES, beyond_int32], ORIGIN)
     assert read_stage(stage) == EXAMPLES[:2]
     with pytest.raises(Exception, match="out of bounds"):
-        write_stage(tmp_path / "stage2", 2, [*EXAMPLES, beyond_int32])
+        write_stage(tmp_path / "stage2", 2, [*EXAMPLES, beyond_int32], ORIGIN)
     assert not (tmp_path / "stage2").exists()
-    write_stage(tmp_path / "stage2", 2, EXAMPLES)
+    write_stage(tmp_path / "stage2", 2, EXAMPLES, ORIGIN)
     assert read_stage(tmp_path / "stage2") == EXAMPLES
 
 
 def test_an_empty_stage_and_a_missing_one_are_said(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="stage 2 has no examples"):
-        write_stage(tmp_path / "stage2", 2, [])
+        write_stage(tmp_path / "stage2", 2, [], ORIGIN)
     assert not (tmp_path / "stage2").exists()
     with pytest.raises(InputError, match="heal curate"):
         read_stage(tmp_path / "stage2")
 
 
 def test_nothing_is_printed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    write_stage(tmp_path / "stage1", 1, EXAMPLES)
+    write_stage(tmp_path / "stage1", 1, EXAMPLES, ORIGIN)
     read_stage(tmp_path / "stage1")
     assert capfd.readouterr() == ("", "")
 
@@ -102,15 +107,15 @@ def test_tensorflow_is_never_imported(tmp_path: Path) -> None:
     code = f"""
 import sys
 sys.path.insert(0, {str(tmp_path)!r})
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 from heal_jax.train.data import Example, batches, read_stage, write_stage
 examples = [Example("r", "p", "base", (1, 2, 3), 1)]
 stage = Path({str(tmp_path)!r}) / "stage1"
-write_stage(stage, 1, examples)
+write_stage(stage, 1, examples, {{}})
 assert read_stage(stage) == examples
-next(batches(read_stage(stage), 2, 4, 0, 0))
+stream = batches(read_stage(stage), 2, 4, 0, 0)
+next(stream)
+stream.close()
 assert "tensorflow" not in sys.modules
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import io
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,8 +72,41 @@ class Pace(tfds.core.GeneratorBasedBuilder):
             yield index, vars(example) | {"tokens": np.asarray(example.tokens, np.int32)}
 
 
-def write_stage(folder: Path, stage: int, examples: Sequence[Example]) -> None:
-    """Write a stage into its folder (such as curriculum/stage1), split "train", replacing what is there.
+WHAT = {
+    1: "the teacher's right solutions, unaided",
+    2: "right solutions of hard problems with the answer in view (global hindsight), as PURE kept them",
+    3: "repairs of failed solutions of problems that the teacher cannot solve (GEAR), as PURE kept them",
+}
+
+
+def card(stage: int, examples: Sequence[Example], origin: Mapping[str, str]) -> str:
+    """A dataset card (Markdown): what a stage holds, what it was made from, how to read it."""
+    learned = sum(len(e.tokens) - e.prompt_length for e in examples)
+    made_from = "".join(f"- {name}: `{value}`\n" for name, value in origin.items())
+    return f"""# PACE stage {stage}
+
+Training examples for reasoning distillation: {WHAT[stage]}. Made by heal_jax after HEAL (arXiv 2603.10359).
+
+- examples: {len(examples)}, of {len({e.problem_id for e in examples})} problems
+- tokens to learn: {learned}, and {sum(e.prompt_length for e in examples)} of prompts
+{made_from}
+An example has `tokens` (int32, prompt and solution, EOS included, in the student's vocabulary), of which the first
+`prompt_length` are given and the rest is learned; `rollout_id`, `problem_id` and `kind` (base, hindsight, repair) say
+where it comes from. In the order of curation. ArrayRecord; TensorFlow is not needed:
+
+```python
+import tensorflow_datasets as tfds
+
+source = tfds.builder_from_directory("stage{stage}").as_data_source(split="train")
+```
+
+The solutions are a model's: the licences of the teacher and of the problems apply.
+"""
+
+
+def write_stage(folder: Path, stage: int, examples: Sequence[Example], origin: Mapping[str, str]) -> None:
+    """Write a stage into its folder (such as curriculum/stage1), split "train", replacing what is there, with its
+    `card`; origin: what it was made from, by name.
 
     It is written beside the folder and renamed, so that a folder is a whole stage or absent.
     Raises ValueError for an empty stage, which has no folder.
@@ -86,6 +119,7 @@ def write_stage(folder: Path, stage: int, examples: Sequence[Example]) -> None:
     with contextlib.redirect_stdout(io.StringIO()):  # tfds announces itself
         builder = Pace(stage, examples, data_dir=partial)
         builder.download_and_prepare(file_format="array_record")
+    Path(builder.data_dir, "README.md").write_text(card(stage, examples, origin), encoding="utf-8")
     if folder.exists():
         shutil.rmtree(folder)
     Path(builder.data_dir).rename(folder)
