@@ -201,6 +201,25 @@ class PaceSpec:
     built-in world's dev split, 4 in place of 1 made HEAL worse than its baseline."""
 
 
+# As Hugging Face and PEFT name the kernels of a block.
+Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+TARGETS: tuple[Target, ...] = typing.get_args(Target)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraSpec:
+    """Low-rank adapters (LoRA, arXiv 2106.09685) beside frozen weights, in place of training all weights."""
+
+    rank: Annotated[int, Range(ge=0)] = 0
+    """0 trains all weights. 16 to 64 is usual: enough for some thousand examples, with optimizer state and checkpoints
+    of about one percent. Raise train.learning_rate about tenfold with it."""
+    alpha: Count = 32
+    """Adapters count alpha / rank times: with alpha fixed, one learning rate suits all ranks."""
+    targets: tuple[Target, ...] = TARGETS
+    """The kernels of each block that get adapters. All by default: with attention alone the same number of weights
+    learns less (QLoRA, arXiv 2305.14314). A mixture's experts take none."""
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainSpec:
     """Optimizer steps of the student, for HEAL and for the baseline alike."""
@@ -234,6 +253,7 @@ class TrainSpec:
     """Steps between the lines of metrics.jsonl."""
     max_tokens: Count = 256
     """Longest example, prompt included; longer ones are left out, with that reason in decisions.parquet."""
+    lora: LoraSpec = LoraSpec()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -349,6 +369,8 @@ def validate(config: Config) -> None:
             raise InputError(f"gear.leak_patterns: {pattern!r} is not a regular expression ({error})") from None
     if any(share < 0 for share in config.pace.steps) or not math.isclose(sum(config.pace.steps), 1.0, abs_tol=1e-6):
         raise InputError(f"pace.steps: {list(config.pace.steps)}: three shares >= 0 that sum to 1 are expected")
+    if not config.train.lora.targets:
+        raise InputError("train.lora.targets: at least one is expected; train.lora.rank 0 trains all weights")
     most = max(config.sample.n, config.hindsight.n, config.gear.repairs, config.evaluate.samples)
     if config.train.batch % config.train.accumulate:
         raise InputError(

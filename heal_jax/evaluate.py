@@ -11,6 +11,7 @@ import numpy as np
 from heal_jax import processes
 from heal_jax.curriculum import train_one, training_plan
 from heal_jax.model.lm import LanguageModel
+from heal_jax.model.lora import merged
 from heal_jax.problems.sources import Problem
 from heal_jax.rollout.generate import Group, generate
 from heal_jax.rollout.sampling import rules
@@ -33,7 +34,7 @@ def evaluate(run: Run) -> None:
 
 
 def trained(run: Run, name: str) -> LanguageModel:
-    """A student after training, from its checkpoint."""
+    """A student after training, from its checkpoint; with LoRA its adapters are beside its weights."""
     phases, length = training_plan(run)
     return run.student.with_params(train_one(run, name, phases[name], length).model)
 
@@ -74,7 +75,12 @@ def evaluate_one(run: Run, name: str) -> None:
 
 
 def _model(run: Run, name: str) -> LanguageModel:
-    return {"teacher": lambda: run.teacher, "student_base": lambda: run.student}.get(name, lambda: trained(run, name))()
+    if name == "teacher":
+        return run.teacher
+    if name == "student_base":
+        return run.student
+    student = trained(run, name)
+    return student.with_params(merged(student.model))
 
 
 def problem_means(run: Run, name: str) -> np.ndarray:

@@ -1,17 +1,21 @@
-"""Writing a model as a Hugging Face folder, and the student of a run into export/."""
+"""Writing a model as a Hugging Face folder and its adapters as a PEFT one; the student of a run into export/."""
 
+import contextlib
 import functools
 import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
+from heal_jax.config import LoraSpec
 from heal_jax.errors import InputError, RunError
 from heal_jax.evaluate import trained
 from heal_jax.model.config import both_spellings, read_config_json
 from heal_jax.model.lm import LanguageModel
-from heal_jax.model.weights import save_weights
+from heal_jax.model.lora import merged
+from heal_jax.model.weights import save_adapter_weights, save_weights
 from heal_jax.processes import once, primary
 from heal_jax.run import Run
 
@@ -31,31 +35,71 @@ TOKENIZER_FILES = (
 
 
 def export(run: Run) -> None:
-    """The student after HEAL into DIR/export."""
+    """The student after HEAL into DIR/export; with LoRA, its adapters into DIR/adapter too."""
+    spec = run.config.train.lora
     with run.work("export"):
-        save(trained(run, "heal"), run.root / "export")
+        student = trained(run, "heal")
+        save(student, run.root / "export")
+        if spec.rank:
+            save_adapters(student, spec, run.root / "adapter")
     run.directory.finish("export")
 
 
 def _written_here(path: Path) -> bool:
     """Whether `save` may have written this file."""
     weights = re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?", path.name)
-    return path.is_file() and (path.name in (*TOKENIZER_FILES, "config.json") or weights is not None)
+    others = *TOKENIZER_FILES, "config.json", "adapter_config.json", "adapter_model.safetensors"
+    return path.is_file() and (path.name in others or weights is not None)
 
 
 def save(lm: LanguageModel, folder: Path) -> None:
     """Write config.json, safetensors and the source tokenizer's files; a model folder of that name is replaced.
 
-    Written beside it first and renamed, so that the folder is whole or not there. Raises InputError where it cannot be
-    made or holds something else, RunError where writing fails, as on a full disk; an older folder then stays.
+    Adapters are merged into their kernels. Written beside it first and renamed, so that the folder is whole or not
+    there. Raises InputError where it cannot be made or holds something else, RunError where writing fails, as on a full
+    disk; an older folder then stays.
     """
+    model = merged(lm.model)
+    with _new(folder) as partial:
+        if primary():
+            _write_files(lm, partial)
+        save_weights(model, partial)
+
+
+def save_adapters(lm: LanguageModel, spec: LoraSpec, folder: Path) -> None:
+    """Write a model's adapters as PEFT's LoraModel reads them (`PeftModel.from_pretrained`), float32; as `save` does.
+
+    The model beneath them is named by its folder.
+    """
+    config = {
+        "base_model_name_or_path": str(lm.folder),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "lora_alpha": spec.alpha,
+        "lora_dropout": 0.0,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": spec.rank,
+        "target_modules": sorted(set(spec.targets)),
+        "task_type": "CAUSAL_LM",
+        "use_dora": False,
+        "use_rslora": False,
+    }
+    with _new(folder) as partial:
+        if primary():
+            (partial / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        save_adapter_weights(lm.model, spec.targets, partial)
+
+
+@contextlib.contextmanager
+def _new(folder: Path) -> Iterator[Path]:
+    """A folder to write in, which takes the place of `folder` in the end."""
     folder = folder.resolve()
     partial, old = (folder.with_name(f".{folder.name}.{state}") for state in ("partial", "old"))
     once(functools.partial(_make_room, folder, partial, old))
     try:
-        if primary():
-            _write_files(lm, partial)
-        save_weights(lm.model, partial)
+        yield partial
         once(functools.partial(_replace, folder, partial, old))
     except OSError as error:
         raise RunError(f"{folder}: cannot be written ({error.strerror}); make room and try again") from None

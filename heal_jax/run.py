@@ -29,6 +29,7 @@ from heal_jax.model.config import decoder_config
 from heal_jax.model.lm import LanguageModel, open_model, open_tokenizer, resolve
 from heal_jax.model.mesh import make_mesh
 from heal_jax.model.tokenizer import Tokenizer
+from heal_jax.model.weights import adapter_rows
 from heal_jax.model.weights import check as check_weights
 from heal_jax.problems.grading import Grade, Grader
 from heal_jax.problems.sources import Problem, check_disjoint, load
@@ -141,6 +142,8 @@ def open_run(
     folders = {"teacher": resolve(config.teacher), "student": resolve(config.student)}
     split = sizes(config, {name: decoder_config(folder) for name, folder in folders.items()})
     require(mesh.shape, split)
+    if config.train.lora.rank:
+        adapter_rows(decoder_config(folders["student"]), config.train.lora.targets)
     tokenizers = {name: open_tokenizer(folder) for name, folder in folders.items()}
     asked = _hash([(p.id, p.question, p.answer) for p in (*problems, *held_out)])
     processes.alike(

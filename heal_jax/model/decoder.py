@@ -87,6 +87,9 @@ product.defvjp(_product_forward, _product_backward)
 
 
 class Linear(nnx.Module):
+    lora_a: nnx.Param
+    lora_b: nnx.Param
+
     def __init__(
         self, size_in: int, size_out: int, dtype: jnp.dtype, rngs: nnx.Rngs, std: float, *, bias: bool = False
     ):
@@ -94,10 +97,13 @@ class Linear(nnx.Module):
         if bias:
             self.bias = nnx.Param(jnp.zeros(size_out, dtype))
         self.has_bias = bias
+        self.adapter_scale: float | None = None  # without it there are no lora_a and lora_b: `heal_jax.model.lora`
 
     def __call__(self, x: Array) -> Array:
         """x [..., in] -> [..., out]."""
         y = product(x, self.kernel[...])
+        if self.adapter_scale is not None:
+            y = y + product(self.adapter_scale * product(x, self.lora_a[...]), self.lora_b[...])
         return y + self.bias[...] if self.has_bias else y
 
 

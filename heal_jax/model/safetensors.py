@@ -78,8 +78,10 @@ def _open(path: Path) -> safe_open:
         raise InputError(f"{path}: damaged or truncated safetensors file ({error}); fetch it again") from None
 
 
-def write(folder: Path, tensors: Iterator[tuple[str, int, object]], limit: int = SHARD_BYTES) -> None:
-    """Write tensors as model.safetensors, or where they exceed `limit` bytes as shards with an index.
+def write(
+    folder: Path, tensors: Iterator[tuple[str, int, object]], limit: float = SHARD_BYTES, name: str = "model"
+) -> None:
+    """Write tensors as `name`.safetensors, or where they exceed `limit` bytes as shards with an index.
 
     tensors: name, size in bytes, and a function that gives the array; called one shard at a time, by every process;
     the first one writes. Raises OSError where it cannot.
@@ -92,18 +94,18 @@ def write(folder: Path, tensors: Iterator[tuple[str, int, object]], limit: int =
             room = limit
         shards[-1].append(item)
         room -= item[1]
-    names = ["model.safetensors"]
+    names = [f"{name}.safetensors"]
     if len(shards) > 1:
-        names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    for name, shard in zip(names, shards):
+        names = [f"{name}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for file, shard in zip(names, shards):
         arrays = {tensor: np.ascontiguousarray(get()) for tensor, _, get in shard}  # type: ignore[operator]
         if primary():
             try:
-                save_file(arrays, folder / name, metadata={"format": "pt"})
+                save_file(arrays, folder / file, metadata={"format": "pt"})
             except SafetensorError as error:  # such as a full disk
                 raise OSError(errno.EIO, str(error)) from None
     if len(shards) > 1 and primary():
-        weight_map = {tensor: name for name, shard in zip(names, shards) for tensor, _, _ in shard}
+        weight_map = {tensor: file for file, shard in zip(names, shards) for tensor, _, _ in shard}
         total = sum(size for shard in shards for _, size, _ in shard)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        (folder / f"{name}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -7,7 +7,7 @@ of the parameter, from which its sharding follows (`heal_jax.model.mesh`).
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,33 @@ def _block_rows(config: DecoderConfig, layer: int) -> Iterator[Row]:
         norms |= {"self_attn.q_norm": "q_norm", "self_attn.k_norm": "k_norm"}
     for name, module in norms.items():
         yield Row(f"{prefix}.{name}.weight", (*block, module, "weight"), (None,))
+
+
+def adapter_rows(config: DecoderConfig, targets: Sequence[str]) -> list[Row]:
+    """The two adapters of every kernel of a block that `targets` name (such as q_proj), in PEFT's names.
+
+    Raises InputError for the experts of a mixture.
+    """
+    rows = []
+    for row in table(config):
+        if (name := row.tensor.split(".")[-2]) in targets:
+            if row.expert is not None:
+                raise InputError(
+                    f"train.lora.targets: {name} is in the experts of this mixture, which take no adapters; "
+                    "choose of q_proj, k_proj, v_proj, o_proj"
+                )
+            rows += _adapters(row) if row.path[-1] == "kernel" else []
+    return rows
+
+
+def _adapters(kernel: Row) -> list[Row]:
+    """Of a kernel [in, out]: lora_a [in, r] and lora_b [r, out], each split as the kernel is."""
+    module, of = kernel.tensor.removesuffix(".weight"), kernel.path[:-1]
+    size_in, size_out = kernel.axes
+    return [
+        Row(f"base_model.model.{module}.lora_A.weight", (*of, "lora_a"), (size_in, None), True),
+        Row(f"base_model.model.{module}.lora_B.weight", (*of, "lora_b"), (None, size_out), True),
+    ]
 
 
 def load(folder: str | Path, dtype: jnp.dtype = jnp.float32, mesh: Mesh | None = None) -> Model:
@@ -234,6 +261,15 @@ def _put(stack: Array, value: Array, at: int) -> Array:
 
 def save_weights(model: Model, folder: Path, limit: int = safetensors.SHARD_BYTES) -> None:
     """Write the parameters under Hugging Face names, in files of at most `limit` bytes; the first process writes."""
+    _save(model, table(model.config), folder, limit, "model")
+
+
+def save_adapter_weights(model: Model, targets: Sequence[str], folder: Path) -> None:
+    """Write the adapters under PEFT's names, in one file (it reads no shards); the first process writes."""
+    _save(model, adapter_rows(model.config, targets), folder, math.inf, "adapter_model")
+
+
+def _save(model: Model, rows: Sequence[Row], folder: Path, limit: float, name: str) -> None:
     flat: dict[Any, Any] = dict(nnx.to_flat_state(model.params))
 
     def host(row: Row) -> np.ndarray:
@@ -245,13 +281,14 @@ def save_weights(model: Model, folder: Path, limit: int = safetensors.SHARD_BYTE
         array = flat[row.path][...]
         return array.nbytes // (1 if row.expert is None else array.shape[0])
 
-    safetensors.write(
-        folder, ((row.tensor, sized(row), functools.partial(host, row)) for row in table(model.config)), limit
-    )
+    tensors = ((row.tensor, sized(row), functools.partial(host, row)) for row in rows)
+    safetensors.write(folder, tensors, limit, name)
 
 
 def shardings(model: Model, mesh: Mesh) -> nnx.State:
-    """A pytree like `model.params` with the sharding of each parameter."""
-    axes: dict[Any, tuple[str | None, ...]] = {row.path: row.axes for row in table(model.config)}
+    """A pytree like `model.params` with the sharding of each parameter, adapters included."""
+    rows = table(model.config)
+    adapters = [adapter for row in rows if row.path[-1] == "kernel" for adapter in _adapters(row)]
+    axes: dict[Any, tuple[str | None, ...]] = {row.path: row.axes for row in (*rows, *adapters)}
     flat = nnx.to_flat_state(model.params)
     return nnx.from_flat_state([(path, v.replace(sharding(mesh, axes[path], v.shape))) for path, v in flat])

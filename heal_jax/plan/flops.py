@@ -57,15 +57,17 @@ def keys_and_values(config: DecoderConfig, tokens: int, fused: bool = False) -> 
     return tokens * products + to_itself(config, tokens, last, fused)
 
 
-def training(config: DecoderConfig, tokens: int, remat: Remat, fused: bool = False) -> float:
+def training(config: DecoderConfig, tokens: int, remat: Remat, fused: bool = False, adapters: int = 0) -> float:
     """FLOPs of an update on a row: forward, twice that backward, and forward again where that is rematerialised.
 
     Logits and the blocks of queries of long rows always are; with `remat` so are the scores, and with "block" the
     products with weights. The kernel makes seven products backward for two forward: two of its own compute the scores
-    again.
+    again. With `adapters`, the number of LoRA's weights, these alone learn: others' products have one backward, not two.
     """
     products = tokens * sum(linear(config, layer) for layer in range(config.num_layers))
     long, again = tokens > QUERY_BLOCK, remat != "none"
     times = 4.5 + again if fused else 3 + again + long
     mixed = times * to_itself(config, tokens, config.num_layers, fused)
-    return (3 + (remat == "block")) * products + mixed + (3 + long) * tokens * head(config)
+    frozen, block = adapters > 0, remat == "block"
+    beside = (3 + block) * 2.0 * tokens * adapters
+    return (3 - frozen + block) * products + mixed + (3 - frozen + long) * tokens * head(config) + beside

@@ -22,6 +22,7 @@ from heal_jax.model.config import DecoderConfig, decoder_config
 from heal_jax.model.decoder import Model, abstract
 from heal_jax.model.kernels import takes_splash
 from heal_jax.model.lm import resolve
+from heal_jax.model.lora import adapted, count, split
 from heal_jax.model.mesh import batch_parts, parts_of, sharding, using
 from heal_jax.model.weights import shardings
 from heal_jax.plan import backend, flops
@@ -216,11 +217,14 @@ class Train(Program):
     def shape(self) -> str:
         return f"{self.rows} rows, {self.width} tokens; every stage of HEAL and of the baseline"
 
+    def _model(self, mesh: Mesh) -> Model:
+        return adapted(self.model.on(mesh), self.spec.lora, mesh, None)
+
     def _state(self, mesh: Mesh) -> dict[str, Any]:
-        return abstract_state(self.model.on(mesh), optimizer(self.spec, self.spec.steps), mesh)
+        return abstract_state(self._model(mesh), optimizer(self.spec, self.spec.steps), mesh)
 
     def lower(self, mesh: Mesh) -> Any:
-        model, state = self.model.on(mesh), self._state(mesh)
+        model, state = self._model(mesh), self._state(mesh)
         transform = optimizer(self.spec, self.spec.steps)
         kinds = (jnp.int32, jnp.int32, jnp.int32, jnp.bool_)
         batch = Batch(*_placed(mesh, [jax.ShapeDtypeStruct((self.rows, self.width), kind) for kind in kinds]))
@@ -228,16 +232,22 @@ class Train(Program):
         dtype = jnp.dtype(self.model.dtype)
         arguments = model.graph, transform, state["params"], state["opt_state"], batch
         with using(mesh):
-            return train_step.lower(*arguments, dtype, pinned, self.spec.remat, self.spec.accumulate)
+            frozen = split(model.params)[1]
+            return train_step.lower(*arguments, dtype, pinned, self.spec.remat, self.spec.accumulate, frozen)
 
     def analytic(self) -> tuple[float, float, float]:
-        fused = self.fused(self.width)
-        return self.rows * flops.training(self.model.config, self.width, self.spec.remat, fused), 0.0, 0.0
+        fused, adapters = self.fused(self.width), count(self.model.config, self.spec.lora)
+        a_row = flops.training(self.model.config, self.width, self.spec.remat, fused, adapters)
+        return self.rows * a_row, 0.0, 0.0
 
     def memory(self, mesh: Mesh) -> dict[str, float]:
-        state = self._state(mesh)
-        weights, moments = per_chip(state["params"]), per_chip(state["opt_state"])
+        state, frozen = self._state(mesh), split(self._model(mesh).params)[1]
+        weights, moments = per_chip((state["params"], frozen)), per_chip(state["opt_state"])
         return {**super().memory(mesh), "weights": weights, "optimizer": moments}
+
+    def gradients(self, mesh: Mesh) -> float:
+        """Bytes a chip of the gradients, which are of the type that the model computes in."""
+        return per_chip(self._state(mesh)["params"]) * jnp.dtype(self.model.dtype).itemsize / 4
 
 
 def per_chip(tree: Any) -> float:
@@ -338,7 +348,8 @@ def _all(config: Config, work: Workload, mesh: Mesh, teacher: Weights, student: 
     yield scored("repair", repair, paths, longest)
     width = max(config.train.row_tokens, bucket(config.train.max_tokens))
     updates = 2 * config.train.steps  # HEAL and the baseline
-    yield Train(("train",), student, (student,), updates, rows=config.train.batch, width=width, spec=config.train)
+    before = () if config.train.lora.rank else (student,)  # LoRA's frozen weights are those of the student as it was
+    yield Train(("train",), student, before, updates, rows=config.train.batch, width=width, spec=config.train)
     # Other models' weights that are in memory then: the student as it was, from before its training on.
     for model, calls in ((teacher, 1), (student, 3)):
         shape = evaluate_shape(config, work.held_out, work.held_out_prompts[model.name])

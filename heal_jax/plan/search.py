@@ -134,9 +134,7 @@ def _candidate(config: Config, mesh: Mesh, topology: Topology, work: Workload) -
     for program in made:
         held = program.memory(mesh)
         cache = _cache(program, mesh)
-        # A training step holds gradients, too, of the type that the model computes in.
-        width = jnp.dtype(program.model.dtype).itemsize / 4  # the weights of training are float32
-        gradients = held["weights"] * width if isinstance(program, Train) else 0.0
+        gradients = program.gradients(mesh) if isinstance(program, Train) else 0.0
         needs = max(needs, sum(held.values()) + cache + gradients)
         peak = topology.chips * topology.chip.flops / program.passes
         once, step, read = (flops / peak for flops in program.analytic())

@@ -28,6 +28,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from heal_jax.config import TrainSpec
 from heal_jax.errors import RunError
 from heal_jax.model.decoder import Model
+from heal_jax.model.lora import adapted, split
 from heal_jax.model.mesh import put_batch, using
 from heal_jax.model.weights import shardings
 from heal_jax.processes import once
@@ -123,7 +124,9 @@ def train(
     """Train a copy of `model` through the phases; goes on from the latest committed checkpoint in `folder`.
 
     Batches are [spec.batch, length], of whole examples; none may be longer. The master weights are float32, the forward
-    and backward pass is in the model's dtype, and so is what is returned. A checkpoint is written at the end of every
+    and backward pass is in the model's dtype, and so is what is returned. With LoRA (spec.lora) adapters alone learn and
+    are in the checkpoints, the other weights stay as they are, and the model returned has its adapters, float32, beside
+    the kernels: `heal_jax.model.lora.merged` makes an ordinary one of it. A checkpoint is written at the end of every
     phase and when `checkpoint_seconds` have passed; all of them are on disk on return. An interrupted training that is
     called again with the same arguments ends with the same bits; a finished one is only restored.
 
@@ -138,7 +141,9 @@ def train(
     if total == 0 or any(phase.steps and not phase.examples for phase in phases):
         raise RunError("there is nothing to train on: no phase has optimizer steps, or one has steps but no examples")
     transform, rate = optimizer(spec, total), rates(spec, total)
-    dtype = jax.tree.leaves(model.params)[0].dtype
+    dtype = model.params["embed"][...].dtype
+    model = adapted(model, spec.lora, mesh, seed)
+    trainable, frozen = split(model.params)
     target = abstract_state(model, transform, mesh)
     leaves = jax.tree.leaves((target["params"], target["opt_state"]))
     pinned = None if mesh is None else tuple(leaf.sharding for leaf in leaves)
@@ -167,6 +172,7 @@ def train(
                     pinned,
                     spec.remat,
                     spec.accumulate,
+                    frozen,
                 )
             state = {"params": params, "opt_state": opt_state}
             loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
@@ -201,8 +207,8 @@ def train(
                 saved_at = time.monotonic()
         with writing(folder):
             checkpointer.wait()
-    params = jax.tree.map(lambda new, old: new.astype(old.dtype), state["params"], model.params)
-    return Trained(dataclasses.replace(model, params=params), progress)
+    params = jax.tree.map(lambda new, old: new.astype(old.dtype), state["params"], trainable)
+    return Trained(dataclasses.replace(model, params=nnx.merge_state(params, frozen)), progress)
 
 
 class At(NamedTuple):
@@ -239,15 +245,17 @@ def _number(x: float) -> float | None:
 
 
 def abstract_state(model: Model, transform: optax.GradientTransformation, mesh: Mesh | None) -> dict[str, Any]:
-    """Shapes, dtypes and shardings of {params, opt_state}; float32 weights, moments sharded like their weights."""
-    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), model.params)
+    """Shapes, dtypes and shardings of {params, opt_state}, of what learns; float32 weights, moments sharded like their
+    weights.
+    """
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), split(model.params)[0])
     opt_state = jax.eval_shape(transform.init, params)
     if mesh is None:
         whole: Any = SingleDeviceSharding(jax.local_devices()[0])
         places = jax.tree.map(lambda _: whole, (params, opt_state))
     else:
         whole = NamedSharding(mesh, PartitionSpec())
-        of_params = shardings(model, mesh)
+        of_params, _ = split(shardings(model, mesh))
         of_moments = optax.tree_utils.tree_map_params(
             transform, lambda _, place: place, opt_state, of_params, transform_non_params=lambda _: whole
         )
@@ -259,8 +267,9 @@ def abstract_state(model: Model, transform: optax.GradientTransformation, mesh: 
 
 
 def _initial_state(model: Model, transform: optax.GradientTransformation, target: dict[str, Any]) -> dict[str, Any]:
-    """A copy of the model's weights (steps donate theirs) and a fresh optimizer state, placed as in `target`."""
-    params = jax.tree.map(lambda x, t: jax.device_put(x, t.sharding), _copy(model.params), target["params"])
+    """A copy of the weights that learn (steps donate theirs) and a fresh optimizer state, placed as in `target`."""
+    weights = _copy(split(model.params)[0])
+    params = jax.tree.map(lambda x, t: jax.device_put(x, t.sharding), weights, target["params"])
     places = jax.tree.map(lambda t: t.sharding, target["opt_state"])
     return {"params": params, "opt_state": jax.jit(transform.init, out_shardings=places)(params)}
 
@@ -280,6 +289,6 @@ def _identity(
         rows = [(example.tokens, example.prompt_length) for example in phase.examples]
         data.update(repr((phase.steps, rows)).encode())
     shape = {"length": length, "pad_id": pad_id, "seed": seed}
-    model_fields = {"dtype": str(jax.tree.leaves(model.params)[0].dtype), **dataclasses.asdict(model.config)}
+    model_fields = {"dtype": str(model.params["embed"][...].dtype), **dataclasses.asdict(model.config)}
     whole = {"model": model_fields, "train": dataclasses.asdict(spec), "batches": shape, "phases": data.hexdigest()}
     return json.loads(json.dumps(whole))  # as it comes back from a checkpoint

@@ -61,11 +61,16 @@ def loss_fn(
     count: Array | None = None,
     dtype: jnp.dtype | None = None,
     remat: Remat = "none",
+    frozen: nnx.State | None = None,
 ) -> Array:
     """Sum of the losses of tokens whose mask is set over `count`, by default their number: a scalar. Weights are
-    cast to `dtype` if given."""
+    cast to `dtype` if given. frozen: those that do not learn, where `params` are not all (`heal_jax.model.lora`); they
+    stay in their own.
+    """
     if dtype is not None:
         params = jax.tree.map(lambda x: x.astype(dtype), params)
+    if frozen is not None:
+        params = nnx.merge_state(params, frozen)
     losses = token_losses(graph, params, batch.tokens, batch.segments, batch.positions, remat=remat)
     return jnp.sum(losses * batch.mask) / (_learned(batch) if count is None else count)
 
@@ -89,6 +94,7 @@ def train_step(
     shardings: tuple[Sharding, ...] | None = None,
     remat: Remat = "none",
     accumulate: int = 1,
+    frozen: nnx.State | None = None,
 ) -> tuple[nnx.State, optax.OptState, dict[str, Array]]:
     """One update on a batch of [B, T]. Metrics: loss (nats a learned token), grad_norm (scalars, float32).
 
@@ -96,16 +102,18 @@ def train_step(
     in where it is not the weights' own (float32 weights, bfloat16 compute). shardings: of the leaves of (params,
     opt_state), to keep; left to itself the compiler moves some, and the next step compiles anew. remat: see
     `token_losses`. accumulate: parts that the rows are taken in, one after another, for less memory; the same sum.
+    frozen: see `loss_fn`.
     """
     value_and_grad = jax.value_and_grad(loss_fn)
     if accumulate == 1:
-        loss, grads = value_and_grad(params, graph, batch, None, dtype, remat)
+        loss, grads = value_and_grad(params, graph, batch, None, dtype, remat, frozen)
     else:
         count = _learned(batch)
 
         def part(total: Any, rows: Batch) -> tuple[Any, None]:
             rows = jax.tree.map(lambda x: constrain(x, "batch", None), rows)
-            return jax.tree.map(jnp.add, total, value_and_grad(params, graph, rows, count, dtype, remat)), None
+            here = value_and_grad(params, graph, rows, count, dtype, remat, frozen)
+            return jax.tree.map(jnp.add, total, here), None
 
         # Every accumulate-th row: each device keeps its own.
         parts = jax.tree.map(lambda x: x.reshape(-1, accumulate, x.shape[1]).swapaxes(0, 1), batch)
