@@ -27,7 +27,7 @@ from heal_jax.model.weights import Row, adapter_rows
 def adapted(model: Model, spec: LoraSpec, mesh: Mesh | None, seed: int | None) -> Model:
     """The model with adapters, float32, beside the kernels of `spec.targets`; with rank 0 the model itself.
 
-    As PEFT starts them: A is uniform within 1 / sqrt(in) (Kaiming with a = sqrt(5)), by seed and name of the tensor, and
+    As PEFT starts them: A is uniform within 1 / sqrt(in) (Kaiming, a = sqrt(5)), by seed and name of the tensor, and
     B is zero, so that the model computes what it did. Without a seed they are shapes alone. Raises InputError where
     targets name experts.
     """

@@ -70,6 +70,7 @@ def loss_fn(
     if dtype is not None:
         params = jax.tree.map(lambda x: x.astype(dtype), params)
     if frozen is not None:
+        frozen = jax.tree.map(lambda x: x, frozen)  # variables of this trace, which rematerialising asks for
         params = nnx.merge_state(params, frozen)
     losses = token_losses(graph, params, batch.tokens, batch.segments, batch.positions, remat=remat)
     return jnp.sum(losses * batch.mask) / (_learned(batch) if count is None else count)
