@@ -21,7 +21,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from heal_jax import cli, collect
 from heal_jax import evaluate as evaluation
-from heal_jax.config import load
+from heal_jax.config import LoraSpec, load
 from heal_jax.errors import InputError, RunError
 from heal_jax.model.config import decoder_config
 from heal_jax.model.kernels import full_attention, scores
@@ -277,6 +277,24 @@ def test_one_layer_against_the_real_compiler(small):
         arguments = memory.weights + memory.optimizer
         assert arguments <= reported.argument_size_in_bytes <= 1.05 * arguments + 2**20
         assert memory.resident == (2 * (kernels / 2 + norms) if stage == "train" else 0)
+
+
+def test_lora_takes_less(small):
+    """An update of adapters as the run compiles it: no gradient and no moment of a frozen weight."""
+    lora = dataclasses.replace(small.train, lora=LoraSpec(rank=16))
+    found, mesh, topology = on_slice(dataclasses.replace(small, train=lora))
+    program = named(found, "train")
+    estimated = estimate(program, mesh, topology)
+    assert not estimated.warnings
+    layer, adapters = 2 * D * (2 * H * E + 2 * K * E + 3 * F), 16 * (2 * (D + H * E) + 2 * (D + K * E) + 3 * (D + F))
+    by_hand = 8 * (256 * (2 * layer + 2 * 2 * D * V + 3 * 2 * adapters) + 4.5 * 4 * H * E * 256**2)
+    assert program.analytic() == (by_hand, 0, 0)
+    kernels, norms = D * (2 * H * E + 2 * K * E + 3 * F) + 2 * V * D, 3 * D + 2 * E
+    # Split in two as their kernels: A of o and down, B of the others.
+    split = 16 * (H * E + F + H * E + 2 * K * E + 2 * F)
+    held = split / 2 + 16 * D * 7
+    assert estimated.memory.weights == 2 * (kernels / 2 + norms) + 4 * held
+    assert estimated.memory.optimizer == 2 * 4 * held + 2 * 4 and estimated.memory.resident == 0
 
 
 def test_a_mixture_of_experts(small, tmp_path):

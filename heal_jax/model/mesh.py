@@ -128,7 +128,10 @@ def sharding(
     """Where an array with these logical axes lives; without a mesh, on the first device."""
     if mesh is None:
         return SingleDeviceSharding(jax.local_devices()[0])
-    return NamedSharding(mesh, spec(mesh, axes, shape))
+    entries = list(spec(mesh, axes, shape))
+    while entries and entries[-1] is None:  # as compiled functions write theirs: another spelling is compiled for anew
+        entries.pop()
+    return NamedSharding(mesh, PartitionSpec(*entries))
 
 
 def batch_parts(mesh: Mesh | None) -> int:
