@@ -190,6 +190,21 @@ def test_loss_is_the_mean_over_learned_tokens_in_float64() -> None:
     assert mean == pytest.approx(expected[np.asarray(mask)[:, 1:]].mean(), rel=1e-5)
 
 
+def torch_loss(reference: Any, batch: Batch) -> Any:
+    """The mean loss of a batch by transformers' model, which gets every example by itself."""
+    import torch
+
+    total, found = torch.zeros(()), 0
+    for tokens, segments, mask in zip(batch.tokens, batch.segments, batch.mask):
+        for segment in range(1, segments.max() + 1):
+            ids = torch.from_numpy(tokens[segments == segment]).long()[None]
+            labels = torch.where(torch.from_numpy(mask[segments == segment]), ids, -100)
+            learned = int((labels >= 0).sum())
+            total, found = total + reference(input_ids=ids, labels=labels).loss * learned, found + learned
+    assert found == batch.mask.sum() and batch.segments.max() > 1  # packed
+    return total / found
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_training_equals_torch(tmp_path: Path, accumulate: int) -> None:
     """Loss, gradient norm and weights of five steps of packed rows, against transformers' model, which gets every
@@ -233,15 +248,7 @@ def test_training_equals_torch(tmp_path: Path, accumulate: int) -> None:
     adamw = torch.optim.AdamW(groups, betas=(0.9, loop.B2), eps=1e-8)
     assert len(lines) == 5
     for step, (line, (batch, _)) in enumerate(zip(lines, seen, strict=True)):
-        total, found = torch.zeros(()), 0
-        for tokens, segments, mask in zip(batch.tokens, batch.segments, batch.mask):
-            for segment in range(1, segments.max() + 1):
-                ids = torch.from_numpy(tokens[segments == segment]).long()[None]
-                labels = torch.where(torch.from_numpy(mask[segments == segment]), ids, -100)
-                learned = int((labels >= 0).sum())
-                total, found = total + reference(input_ids=ids, labels=labels).loss * learned, found + learned
-        assert found == batch.mask.sum() and batch.segments.max() > 1  # packed
-        loss = total / found
+        loss = torch_loss(reference, batch)
         assert line["loss"] == pytest.approx(loss.item(), rel=1e-5)
         adamw.zero_grad()
         loss.backward()

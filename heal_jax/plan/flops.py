@@ -62,7 +62,7 @@ def training(config: DecoderConfig, tokens: int, remat: Remat, fused: bool = Fal
 
     Logits and the blocks of queries of long rows always are; with `remat` so are the scores, and with "block" the
     products with weights. The kernel makes seven products backward for two forward: two of its own compute the scores
-    again. With `adapters`, the number of LoRA's weights, these alone learn: others' products have one backward, not two.
+    again. With `adapters`, the number of LoRA's weights, these alone learn: the others' products have one backward.
     """
     products = tokens * sum(linear(config, layer) for layer in range(config.num_layers))
     long, again = tokens > QUERY_BLOCK, remat != "none"

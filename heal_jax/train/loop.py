@@ -124,11 +124,13 @@ def train(
     """Train a copy of `model` through the phases; goes on from the latest committed checkpoint in `folder`.
 
     Batches are [spec.batch, length], of whole examples; none may be longer. The master weights are float32, the forward
-    and backward pass is in the model's dtype, and so is what is returned. With LoRA (spec.lora) adapters alone learn and
-    are in the checkpoints, the other weights stay as they are, and the model returned has its adapters, float32, beside
-    the kernels: `heal_jax.model.lora.merged` makes an ordinary one of it. A checkpoint is written at the end of every
+    and backward pass is in the model's dtype, and so is what is returned. A checkpoint is written at the end of every
     phase and when `checkpoint_seconds` have passed; all of them are on disk on return. An interrupted training that is
     called again with the same arguments ends with the same bits; a finished one is only restored.
+
+    With LoRA (spec.lora) adapters alone learn and are in the checkpoints, the other weights stay as they are, and the
+    model returned has its adapters, float32, beside the kernels: `heal_jax.model.lora.merged` makes an ordinary one of
+    it.
 
     `log` gets step (from 1, over all phases), phase, loss (nats a token), grad_norm (before clipping), learning_rate;
     since the last line of this attempt tokens_per_second and mfu (see `Meter`); from step 1 on, over all attempts,

@@ -4,6 +4,7 @@ import jax
 
 from heal_jax.config import TrainSpec
 from heal_jax.model.config import DecoderConfig
+from heal_jax.model.lora import count
 from heal_jax.plan import flops
 from heal_jax.train.checkpoint import Progress
 
@@ -30,7 +31,7 @@ class Meter:
     """Speed since it was last asked. The first answer holds compiling."""
 
     def __init__(self, config: DecoderConfig, spec: TrainSpec, length: int, progress: Progress):
-        self._flops = spec.batch * flops.training(config, length, "none")
+        self._flops = spec.batch * flops.training(config, length, "none", adapters=count(config, spec.lora))
         self._last = progress
 
     def since(self, progress: Progress) -> dict[str, float | None]:
