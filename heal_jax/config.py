@@ -214,10 +214,10 @@ class LoraSpec:
     """0 trains all weights. 16 to 64 is usual: enough for some thousand examples, with optimizer state and checkpoints
     of about one percent. Raise train.learning_rate about tenfold with it."""
     alpha: Count = 32
-    """Adapters count alpha / rank times: with alpha fixed, one learning rate suits all ranks."""
+    """Adapters count alpha / rank times: with alpha fixed, another rank hardly needs another learning rate (LoRA)."""
     targets: tuple[Target, ...] = TARGETS
-    """The kernels of each block that get adapters. All by default: with attention alone the same number of weights
-    learns less (QLoRA, arXiv 2305.14314). A mixture's experts take none."""
+    """The kernels of each block that get adapters. All by default: with fewer, LoRA fell short of training all weights
+    (QLoRA, arXiv 2305.14314). A mixture's experts take none."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -73,7 +73,7 @@ sample: {{n: 8, batch: 32, max_new_tokens: 64}}
 hindsight: {{n: 4}}
 gear: {{repairs: 8}}
 pure: {{batch: 8}}
-train: {{max_tokens: 256}}
+train: {{batch: 8, row_tokens: 256, max_tokens: 256}}
 """
     (folder / "plan.yaml").write_text(text)
     return load(folder / "plan.yaml")
