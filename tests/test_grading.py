@@ -205,11 +205,11 @@ def test_a_hang_costs_itself_alone():
         grades = grader.grade_many(items)
         assert [grade.grade for grade in grades] == ["timeout" if n == 7 else "correct" for n in range(20)]
         assert "processor time" in grades[7].reason and grades[7].answer == HANG
-        process = grader._process
+        (process,) = grader.processes
         assert grader.grade_many(items) == grades  # from memory
-        assert grader._process is process and process.poll() is None
+        assert grader.processes == [process] and process.popen.poll() is None
         assert time.process_time() - started < 0.5  # waiting costs the parent nothing
-    assert process.poll() is not None
+    assert process.popen.poll() is not None
 
 
 def test_an_answer_that_kills_the_process_costs_itself_alone(grader):
@@ -222,11 +222,11 @@ def test_an_answer_that_kills_the_process_costs_itself_alone(grader):
 
 def test_a_killed_process_is_replaced(grader):
     grader.grade(problem(), boxed("5"), "stop")
-    os.kill(grader._process.pid, signal.SIGKILL)
+    os.kill(grader.processes[0].popen.pid, signal.SIGKILL)
     items = [(problem(f"{n}/7", id=f"killed {n}"), boxed(f"\\frac{{{n}}}{{7}}"), "stop") for n in range(400)]
-    killer = threading.Timer(0.2, lambda: os.kill(grader._process.pid, signal.SIGKILL))
-    first = grader._process
-    assert grader.grade(*items[0]).grade == "correct" and grader._process is not first
+    killer = threading.Timer(0.2, lambda: os.kill(grader.processes[0].popen.pid, signal.SIGKILL))
+    first = grader.processes[0]
+    assert grader.grade(*items[0]).grade == "correct" and first not in grader.processes
     killer.start()
     assert {grade.grade for grade in grader.grade_many(items)} == {"correct"}
     killer.join()
@@ -237,7 +237,7 @@ def test_a_process_that_does_nothing_is_given_up(monkeypatch):
         assert grader.grade(problem("a", "exact"), boxed("a"), "stop").grade == "correct"
         monkeypatch.setattr(grading, "ATTEMPTS", 1)
         monkeypatch.setattr(grading, "STALL_SECONDS", 0.2)
-        os.kill(grader._process.pid, signal.SIGSTOP)
+        os.kill(grader.processes[0].popen.pid, signal.SIGSTOP)
         grade = grader.grade(problem("b", "exact"), boxed("b"), "stop")
         assert grade.grade == "timeout" and "did nothing" in grade.reason
         monkeypatch.undo()
