@@ -75,7 +75,7 @@ def load(spec: ProblemSpec, by: str, where: str = "problems") -> list[Problem]:
     which names fields under `where`, the place of `spec` in the config, and bad rows by file and line.
     """
     try:
-        source = _open(spec, by)
+        source = open_source(spec, by)
         end = min(len(source), spec.skip + spec.limit) if spec.limit else len(source)
         problems = _read(source, end) if isinstance(source, TableProblems) else [source[i] for i in range(end)]
         seen = {_key(problem.question) for problem in problems[: spec.skip]}
@@ -107,7 +107,7 @@ def at_hand(spec: ProblemSpec) -> bool:
     return scheme != "tfds" or tables.prepared(name) is not None
 
 
-def _open(spec: ProblemSpec, by: str) -> Source:
+def open_source(spec: ProblemSpec, by: str) -> Source:
     scheme, _, name = spec.source.partition(":")
     if scheme not in ("world", "rg", *TABLES) or not name:
         raise InputError(

@@ -6,6 +6,7 @@ read.
 
 import contextlib
 import functools
+import importlib
 import io
 import json
 import re
@@ -120,12 +121,27 @@ def tfds_folder(name: str, split: str, options: Mapping[str, str], wanted: Colle
     if not features.is_file():
         raise InputError(f"{folder}: no prepared set here (no features.json, relative to {Path.cwd()})")
     with _library(folder):
-        # A folder from somebody else: its features are classes by name, and their modules would be imported.
-        classes = re.findall(r'"(?:pythonClassName|type)"\s*:\s*"([^"]*)"', features.read_text(encoding="utf-8"))
-        if foreign := [c for c in classes if "." in c and not c.startswith("tensorflow_datasets.core.")]:
-            raise InputError(f"{features}: {foreign[0]} is no feature of tensorflow-datasets; write the set anew")
+        # It may be somebody else's: its features are classes by name, whose modules would be imported.
+        if foreign := [
+            name for name in _classes(features) if not name.startswith("tensorflow_datasets.core.features.")
+        ]:
+            raise InputError(
+                f"{features}: {short(foreign[0])} is no feature of tensorflow-datasets; write the set anew"
+            )
         builder = _quiet_tfds().builder_from_directory(folder)
     return _data_source(builder, str(folder), options.get("split", split))
+
+
+def _classes(features: Path) -> list[str]:
+    """Every class that a features.json names."""
+    found: list[str] = []
+
+    def note(node: dict[str, Any]) -> dict[str, Any]:
+        found.extend(node[key] for key in ("pythonClassName", "type") if isinstance(node.get(key), str))
+        return node
+
+    json.loads(features.read_text(encoding="utf-8"), object_hook=note)
+    return found
 
 
 def prepared(name: str) -> Any:
@@ -144,6 +160,10 @@ def _prepare(name: str) -> Any:
     from filelock import FileLock
 
     library = _quiet_tfds()
+    for module in ("question_answering", "text"):
+        # It stops importing its own sets at the first that lacks a package (h5py), before it comes to these.
+        with contextlib.suppress(ImportError):
+            importlib.import_module(f"tensorflow_datasets.{module}")
     try:
         builder = library.builder(name)
         root = Path(builder.data_dir_root).expanduser()
