@@ -147,24 +147,31 @@ def _repeats(problems: Sequence[Problem]) -> list[Removed]:
 
 def _content(problems: Iterable[Problem], size: int) -> dict[str, Words]:
     """The words of each question without the wording of sources: see the module's text."""
-    questions: dict[str, dict[str, Words]] = defaultdict(dict)  # different ones, of each source and of all
+    pools: dict[str, dict[str, Words]] = defaultdict(dict)  # different questions of all, and of each source
     for p in problems:
-        for pool in ("", p.source):
-            questions[pool][normal(p.question)] = words(p.question)
+        question = normal(p.question)
+        if question not in pools[""]:
+            pools[""][question] = words(question)
+        pools[p.source][question] = pools[""][question]
     wording: set[Words] = set()
-    for texts in questions.values():
-        held = Counter(itertools.chain.from_iterable(set(grams(text, size)) for text in texts.values()))
-        least = max(LEAST, SHARE * len(texts))
+    for pool in pools.values():
+        least = max(LEAST, SHARE * len(pool))
+        holders = Counter(itertools.chain.from_iterable(map(set, pool.values())))
+        common = {word for word, count in holders.items() if count >= least}  # no other is in a common sequence
+        held: Counter[Words] = Counter()
+        for text in pool.values():
+            held.update({gram for gram in grams(text, size) if common.issuperset(gram)})
         wording.update(gram for gram, count in held.items() if count >= least)
+    first = {gram[0] for gram in wording}
 
     def left(text: Words) -> Words:
         covered = bytearray(len(text))
         for start, gram in enumerate(grams(text, size)):
-            if gram in wording:
+            if gram[0] in first and gram in wording:
                 covered[start : start + size] = b"\1" * size
         return tuple(word for word, hidden in zip(text, covered) if not hidden)
 
-    return {question: left(text) for question, text in questions[""].items()}
+    return {question: left(text) for question, text in pools[""].items()}
 
 
 def _near_repeats(problems: Sequence[Problem], content: dict[str, Words], threshold: float) -> list[Removed]:
