@@ -178,8 +178,7 @@ def open_run(
             stack.enter_context(_lock(out))
             inside = _reopen(config, out, facts, needs)  # again: another process may have worked in it until now
             _enter(inside, config, mesh, facts, command, progress)
-            if not (out / hygiene.FILE).is_file():
-                write_text(out / hygiene.FILE, hygiene.to_json_lines(removed))
+            write_text(out / hygiene.FILE, hygiene.to_json_lines(removed))
             return inside.manifest
 
         directory.manifest = processes.once(enter)

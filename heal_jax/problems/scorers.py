@@ -144,10 +144,16 @@ def _same_numbers(gold: str, answer: str) -> bool:
     return Counter(re.findall(r"\d+", gold)) == Counter(re.findall(r"\d+", answer))
 
 
+def _one_number(gold: str, answer: str) -> bool:
+    match = re.fullmatch(r"(?:\\?\$|[£€])?\s*(-?\d+(?:\.\d+)?)\s*(?:[^\W\d_]+\s*)*\.?", answer.strip())
+    return match is not None and float(match[1]) == float(gold)
+
+
 # What must hold besides full credit, in families whose scorer gives that to wrong answers.
 STRICTER: dict[str, Callable[[str, str], bool]] = {
     "coin_flip": _same_text,  # a prefix is enough: "0" for 0.25
     "game_of_life_halting": _same_text,  # any text is enough
+    "gsm_symbolic": _one_number,  # the first number without its sign is enough: "5 or 7", "-5", "5%" for 5
     "puzzle24": _same_numbers,  # any four numbers that make 24 are enough
 }
 
@@ -223,8 +229,13 @@ def plain_text(answer: str) -> bool:
 
 
 def reference(problem: dict[str, Any], answer: str) -> Verdict:
-    """Whether math-verify reads a reference answer, so that `math` compares more than its text."""
-    return ("unparsable", "math-verify cannot read it") if _reference(answer) is None else ("correct", "")
+    """Whether `math` can compare with a reference answer: math-verify reads it, and a comparison comes to an end."""
+    expected = _reference(answer)
+    if expected is None:
+        return "unparsable", "math-verify cannot read it"
+    with suppress(Exception):  # what cannot be compared with a number may be comparable with its like
+        _equal(expected, _parse("1"))
+    return "correct", ""
 
 
 def _text(text: str) -> str:
