@@ -86,20 +86,43 @@ class ProblemSpec:
     """Where problems come from."""
 
     source: str = "world:sums"
-    """world:sums (built in), rg:FAMILY (reasoning-gym), jsonl:FILE (one object a line with question and answer)."""
+    """world:sums (built in), rg:FAMILY (reasoning-gym), jsonl:FILE (one object a line with question and answer),
+    parquet:FILE, tfds:NAME[/CONFIG][:VERSION] (such as tfds:gsm8k), tfds_dir:FOLDER (a prepared set), hf:NAME (the
+    datasets package: a set of the hub, or a local folder)."""
     split: Literal["train", "dev", "test"] = "train"
-    """world: the hash split to draw from. Other sources: a label, written to problems.parquet."""
+    """world: the hash split to draw from. Other sources: a label, written to problems.parquet; tfds, tfds_dir and hf
+    read the split of that name where options names none."""
     counts: dict[str, int] = dataclasses.field(default_factory=dict)
     """world: problems of each level, such as {easy: 60, medium: 80, hard: 60}."""
     limit: Annotated[int, Range(ge=0)] = 0
-    """rg, jsonl: at most this many problems; 0 takes all (rg: 100)."""
+    """All but world: at most this many rows after those skipped (rg: draws); 0 takes all (rg: 100)."""
     skip: Annotated[int, Range(ge=0)] = 0
-    """rg, jsonl: leave out the first so many, and later problems that repeat one of them: training and held-out
+    """All but world: leave out the first so many, and later problems that repeat one of them: training and held-out
     problems can then come from one file, or from a family with few different questions."""
     seed: Seed = 0
-    """world, rg: which problems the generator makes; apart from the run's seed so that seeds share problems."""
+    """world, rg: which problems the generator makes; apart from the run's seed so that seeds share problems. Files and
+    sets are read in their own order."""
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """rg: the family's own configuration."""
+    """rg: the family's own configuration. tfds, tfds_dir: split. hf: split, name (the configuration), revision."""
+    fields: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Files and sets: which column holds question, answer, id or level, such as {question: problem}; a field that is
+    not named here is the column of its own name. id and level need not be there."""
+    answer_pattern: str = ""
+    """Files and sets: a regular expression that is searched in the answer column; its first group is the answer. GSM8K,
+    whose answers end in their result: '#### (.+)'. A row that does not match is refused. Empty: the column as it is."""
+
+
+@dataclasses.dataclass(frozen=True)
+class HygieneSpec:
+    """What is left out of the training problems; removed.jsonl lists it. Exact duplicates, and questions that are held
+    out as well, always are."""
+
+    near: Share = 0.7
+    """Near-duplicates: problems with the same answer and the same numbers whose questions share at least this much of
+    their three-word sequences (Jaccard); the first one stays. One word changed in twenty leaves 0.7. 0: off."""
+    ngram: Annotated[int, Range(ge=0)] = 8
+    """A training problem that shares so many words in a row with a held-out one is left out; 8 is common in
+    decontamination. What a tenth of a source's questions share is its wording and does not count. 0: off."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -279,8 +302,12 @@ class LogSpec:
 class GradeSpec:
     """How a rollout's answer is found and checked."""
 
-    by: Literal["auto", "reasoning_gym", "math", "exact"] = "auto"
-    """auto: the family's own scorer for world: and rg: problems, math-verify for the others."""
+    by: Literal["auto", "reasoning_gym", "math", "exact", "choice"] = "auto"
+    """auto: the family's own scorer for world: and rg: problems, math-verify for the others. exact: the same text.
+    choice: the letter of a multiple-choice answer, such as (B), B. or Answer: B."""
+    unreadable: Literal["refuse", "text"] = "refuse"
+    """math: reference answers in mathematical notation that math-verify cannot read are refused with their line, since
+    no rewriting of them would count as right; text compares them as text. Words, choices and numbers are fine."""
     answer_open: str = "\\boxed{"
     """The answer stands between this and its matching close; the last such span counts."""
     answer_close: str = "}"
@@ -292,6 +319,8 @@ class GradeSpec:
     nothing puts it before the hint. Empty where the chat template's prompt ends with it."""
     timeout: Positive = 5.0
     """Seconds of processor time for one answer; a hanging expression costs this and nothing else."""
+    workers: Annotated[int, Range(ge=0)] = 0
+    """Processes that score answers at most, one for each 256 answers; grades do not depend on it. 0: one a core."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -299,7 +328,7 @@ class EvaluateSpec:
     """Accuracy on held-out problems."""
 
     problems: ProblemSpec = dataclasses.field(default_factory=lambda: ProblemSpec(split="test"))
-    """Disjoint from the training problems; checked by question before the run starts."""
+    """Never trained on: what they share with the training problems is left out of those (hygiene)."""
     samples: Count = 4
     """pass@1 is the mean over this many samples a problem."""
     temperature: NonNegative = 1.0
@@ -318,6 +347,7 @@ class Config:
     student: ModelSpec = ModelSpec("builtin:student")
     mesh: MeshSpec = MeshSpec()
     problems: ProblemSpec = dataclasses.field(default_factory=ProblemSpec)
+    hygiene: HygieneSpec = HygieneSpec()
     sample: SampleSpec = SampleSpec()
     hindsight: HindsightSpec = HindsightSpec()
     gear: GearSpec = GearSpec()

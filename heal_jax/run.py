@@ -31,8 +31,9 @@ from heal_jax.model.mesh import make_mesh
 from heal_jax.model.tokenizer import Tokenizer
 from heal_jax.model.weights import adapter_rows
 from heal_jax.model.weights import check as check_weights
+from heal_jax.problems import hygiene
 from heal_jax.problems.grading import Grade, Grader
-from heal_jax.problems.sources import Problem, check_disjoint, load
+from heal_jax.problems.sources import Problem, load
 from heal_jax.progress import Progress
 from heal_jax.shapes import positions
 from heal_jax.store import RunDirectory, folder_sha256, write_text
@@ -47,8 +48,9 @@ class Run:
 
     config: Config
     directory: RunDirectory
-    problems: list[Problem]
+    problems: list[Problem]  # after hygiene
     held_out: list[Problem]
+    hygiene: dict[str, int]  # how many were loaded, left out for each reason, and kept
     grader: Grader
     progress: Progress
     mesh: Mesh
@@ -135,9 +137,9 @@ def open_run(
     """
     validate(config)
     trackers.require(config.log)
-    problems = load(config.problems, config.grade.by)
+    loaded = load(config.problems, config.grade.by)
     held_out = load(config.evaluate.problems, config.grade.by, "evaluate.problems")
-    check_disjoint(problems, held_out)
+    problems, removed = hygiene.clean(loaded, held_out, config.hygiene)
     mesh = make_mesh(dataclasses.asdict(config.mesh))
     folders = {"teacher": resolve(config.teacher), "student": resolve(config.student)}
     split = sizes(config, {name: decoder_config(folder) for name, folder in folders.items()})
@@ -174,9 +176,12 @@ def open_run(
     with contextlib.ExitStack() as stack, Grader(config.grade) as grader:
 
         def enter() -> Any:
+            if "problems" not in directory.manifest and config.grade.unreadable == "refuse":
+                _readable(grader, [*problems, *held_out])
             stack.enter_context(_lock(out))
             inside = _reopen(config, out, facts, needs)  # again: another process may have worked in it until now
             _enter(inside, config, mesh, facts, command, progress)
+            write_text(out / hygiene.FILE, hygiene.to_json_lines(removed))
             return inside.manifest
 
         directory.manifest = processes.once(enter)
@@ -184,7 +189,10 @@ def open_run(
         processes.alike("give an --out on a file system that all share", out=lock.read_text() if lock.is_file() else "")
         for size in undivided(mesh.shape, split):
             progress.say(f"note: the mesh does not divide {size.what}; it stays whole on every device")
-        yield Run(config, directory, problems, held_out, grader, progress, mesh, tokenizers)
+        figures = hygiene.counts(loaded, removed)
+        if removed:
+            progress.say(f"hygiene    {hygiene.described(figures)}: see {out / hygiene.FILE}")
+        yield Run(config, directory, problems, held_out, figures, grader, progress, mesh, tokenizers)
 
 
 def _enter(
@@ -234,6 +242,18 @@ def processor() -> str:
 def plain_prompts(config: Config, tokenizer: Tokenizer, problems: Sequence[Problem]) -> dict[str, tuple[int, ...]]:
     """The prompt of each problem, by id."""
     return {problem.id: tuple(tokenizer.prompt(plain_question(config, problem))) for problem in problems}
+
+
+def _readable(grader: Grader, problems: Sequence[Problem]) -> None:
+    """Raise InputError where math-verify cannot read reference answers that it is to compare with."""
+    if unreadable := grader.unreadable(problems):
+        (first, reason), others = unreadable[0], [p.place for p, _ in unreadable[1:]]
+        named = ", ".join(others[:10]) + (", ..." if len(others) > 10 else "")
+        raise InputError(
+            f"{first.place}: no answer can be compared with {first.answer[:80]!r} as mathematics ({reason})"
+            + (f"; {len(others)} more: {named}" if others else "")
+            + "; leave out or rewrite what is refused, or set grade.unreadable: text to compare it as text"
+        )
 
 
 def _writable(out: Path) -> None:

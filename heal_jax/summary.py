@@ -11,7 +11,7 @@ from heal_jax.store import read_json, write_json
 def summarise(run: Run) -> dict[str, Any]:
     """What the finished stages found; figures of stages that have not run are absent."""
     stages, manifest = run.directory.manifest["stages"], run.directory.manifest
-    summary: dict[str, Any] = {"problems": len(run.problems)}
+    summary: dict[str, Any] = {"problems": len(run.problems), "hygiene": run.hygiene}
     if "sample" in stages:
         strata = list(stages["sample"]["strata"].values())
         solved, unsolved = strata.count("solved"), strata.count("unsolved")

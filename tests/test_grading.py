@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from heal_jax.config import GradeSpec, ProblemSpec
-from heal_jax.errors import RunError
+from heal_jax.errors import InputError, RunError
 from heal_jax.problems import grading, scorers
 from heal_jax.problems.grading import Grade, Grader
 from heal_jax.problems.sources import Problem, load
@@ -31,6 +31,20 @@ def boxed(answer):
 def grader():
     with Grader(GradeSpec(timeout=1.0)) as grader:
         yield grader
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """Processes as they are started."""
+    out = []
+
+    class Noted(grading._Process):
+        def __init__(self, timeout):
+            super().__init__(timeout)
+            out.append(self)
+
+    monkeypatch.setattr(grading, "_Process", Noted)
+    return out
 
 
 # The five grades
@@ -100,6 +114,15 @@ def test_families_that_accept_wrong_answers_are_held_to_more(grader):
     assert [grader.grade(item, boxed(a), "stop").grade for a in ("6+6+6+6", "(9+7)+6+2")] == ["wrong", "correct"]
 
 
+def test_gsm_symbolic_wants_the_number_and_no_other(grader):
+    item = problem("28", "reasoning_gym", source_dataset="gsm_symbolic")
+    for answer, grade in (
+        *((a, "correct") for a in ("28", "28.0", "£28", "\\$28", "28 apples", "28 red apples.")),
+        *((a, "wrong") for a in ("28 or 7", "-28", "28%", "28/2", "28,000", "7, 28", "not 28", "28 28", "29")),
+    ):
+        assert grader.grade(item, boxed(answer), "stop").grade == grade, answer
+
+
 def test_an_answer_that_a_family_evaluates_does_no_harm(grader, tmp_path):
     item = problem("1 2", "reasoning_gym", source_dataset="spiral_matrix")
     for code in (f"open('{tmp_path}/x', 'w')", f"__import__('os').system('touch {tmp_path}/x')"):
@@ -141,6 +164,7 @@ def test_an_answer_that_a_family_evaluates_does_no_harm(grader, tmp_path):
         ("9\\%", "9\\text{ percent}", "correct"),
         ("9", "9\\text{ percent}", "wrong"),
         ("9\\%", "0.09", "correct"),
+        ("9%", "9", "wrong"),
         ("\\frac{9}{100}", "9%", "correct"),
         # words, bases, tiny numbers, numbers side by side
         ("apple", "papel", "wrong"),
@@ -195,6 +219,184 @@ def test_exact_is_equality_of_words(gold, answer):
     assert scorers.exact({"answer": "x\u00b2"}, "x2")[0] == "wrong"
 
 
+# Multiple choice
+
+LETTERS = st.sampled_from("ABCDEFGHIJ")
+FORMS = [
+    *(
+        "{}",
+        "({})",
+        "[{}]",
+        "{}.",
+        "{})",
+        " {} ",
+        "{}:",
+        "({}).",
+        "$({})$",
+        "\\text{{({})}}",
+        "\\mathbf{{{}}}",
+        "**{}**",
+    ),
+    *(
+        "Answer: {}",
+        "answer: ({})",
+        "The answer is {}",
+        "the correct answer is: ({}).",
+        "Option {}",
+        "Answer: option {}",
+    ),
+]
+OPTIONS = ["42", "x = 3", "a triangle", "Not enough information", "Vitamin C", "12 apples, 3 pears", "f(x)", "New York"]
+TWO = [
+    *("{} or {}", "{}, {}", "{} and {}", "({}) or ({})", "({}), ({})", "({})({})", "{}/{}", "{}{}", "{} {}", "{}. {}"),
+    *("{}) {})", "either {} or {}", "Answer: {} or {}", "{}. No, {}", "{}) 42 or {}", "({}) and also ({})"),
+]
+
+
+@settings(max_examples=200)
+@given(LETTERS, LETTERS, st.sampled_from(FORMS), st.sampled_from(FORMS), st.booleans())
+def test_a_choice_is_its_letter(gold, given, form, written, small):
+    answer = form.format(given.lower() if small and "mathbf" not in form else given)
+    grade, _ = scorers.choice({"answer": written.format(gold)}, answer)
+    assert grade == ("correct" if gold == given else "wrong")
+
+
+@settings(max_examples=200)
+@given(
+    LETTERS,
+    st.sampled_from(["({}) {}", "{}) {}", "{}. {}", "{}: {}", "Answer: {}) {}", "[{}] {}"]),
+    st.sampled_from(OPTIONS),
+)
+def test_the_text_of_an_option_may_follow(letter, form, option):
+    assert scorers.choice_letter(form.format(letter, option)) == letter
+
+
+@settings(max_examples=200)
+@given(LETTERS, LETTERS, st.sampled_from(TWO))
+def test_two_letters_are_wrong(gold, other, form):
+    for answer in (form.format(gold, other), form.format(other, gold)):
+        assert scorers.choice({"answer": gold}, answer)[0] == "wrong"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        *(
+            "not B",
+            "not (B)",
+            "B is wrong",
+            "(B) is wrong",
+            "B. not C",
+            "B because",
+            "Because B",
+            "neither B",
+            "all but B",
+        ),
+        *("42", "", "()", "B?", "none", "Answer:", "the", "B) or C", "b or so", "A, B and C", "ABB", "β"),
+    ],
+)
+def test_what_names_no_one_letter_is_wrong(answer):
+    assert scorers.choice_letter(answer) is None and scorers.choice({"answer": "B"}, answer)[0] == "wrong"
+
+
+@settings(max_examples=200)
+@given(st.text(max_size=30))
+def test_no_text_upsets_the_choice(text):
+    assert scorers.choice_letter(text) in {None, *"ABCDEFGHIJKLMNOPQRSTUVWXYZ"}
+
+
+def test_choices_are_graded(grader, tmp_path):
+    (tmp_path / "c.jsonl").write_text(
+        '{"question": "Which?", "answer": "(b)"}\n{"question": "Who?", "answer": "Bob"}\n'
+    )
+    (item,) = load(ProblemSpec(source=f"jsonl:{tmp_path}/c.jsonl", limit=1), "choice")
+    assert [grader.grade(item, boxed(a), "stop").grade for a in ("B) 42", "A", "A or B")] == [
+        "correct",
+        "wrong",
+        "wrong",
+    ]
+    with pytest.raises(InputError, match="c.jsonl:2: 'answer' is 'Bob'; grade.by: choice expects a letter"):
+        load(ProblemSpec(source=f"jsonl:{tmp_path}/c.jsonl"), "choice")
+
+
+# Reference answers
+
+
+READ = [
+    "x^2+1",
+    "\\frac12",
+    "\\{1,2\\}",
+    "[0, \\infty)",
+    "x=1,y=2",
+    "3/4",
+    "50\\%",
+    "\\sqrt{2}",
+    "\\begin{pmatrix}1\\\\2\\end{pmatrix}",
+]
+PLAIN = ["5", "-1.5", "1,234", "Tuesday", "(B)", "\\text{no solution}", "New York", "10:30 am", "5 cm", "π"]
+UNREAD = dict.fromkeys(["x^2+", "\\frac{1}{", "\\frac{1}{0}", "2k+1, k \\in \\mathbb{Z}", "3 1/2"], "cannot read it")
+UNREAD[HANG] = "processor time"
+
+
+def test_reference_answers_that_cannot_be_compared_are_found(started):
+    with Grader(GradeSpec(timeout=1.0)) as grader:
+        assert grader.unreadable([problem(a, id=a) for a in PLAIN]) == [] == started  # what is plain costs no process
+        asked = [problem(a, id=a) for a in (*READ, *PLAIN, *UNREAD)]
+        found = grader.unreadable([*asked, *(problem(a, "exact") for a in UNREAD)])
+        assert [item.answer for item, _ in found] == list(UNREAD) and len(started) == grading.ATTEMPTS
+        assert all(UNREAD[item.answer] in reason for item, reason in found)
+
+
+# The pool
+
+
+ENDLESS, DEADLY = "all(iter(lambda: 1, 0))", "__import__('os')._exit(3)"  # to a scorer that evaluates Python
+
+
+def evaluated(id):
+    return problem("1 2", "reasoning_gym", id, source_dataset="spiral_matrix")
+
+
+def test_grades_are_the_same_for_any_number_of_processes(monkeypatch, started):
+    monkeypatch.setattr(grading, "CHUNK", 7)
+    items = [(problem(str(n), "exact", str(n)), boxed(n + (n % 3 == 0)), "stop") for n in range(60)]
+    items[20] = (evaluated("hang"), boxed(ENDLESS), "stop")
+    items[30] = (evaluated("crash"), boxed(DEADLY), "stop")
+    items[40] = (problem("7", "exact", "long"), boxed("7"), "length")
+    found = []
+    for workers in (1, 3):
+        started.clear()
+        with Grader(GradeSpec(timeout=0.5, workers=workers)) as grader:
+            found.append(grader.grade_many(items))
+            assert len(grader.processes) <= workers
+            assert len(started) <= workers + 2 * grading.ATTEMPTS  # the hang and the crash cost their own and no other
+        assert all(process.popen.poll() is not None for process in started)
+    assert found[0] == found[1]
+    assert {grade.grade for grade in found[0]} == {"correct", "wrong", "unparsable", "timeout", "truncated"}
+    assert found[0][20].grade == "timeout" and found[0][30].reason == "the scoring process died (exit status 3)"
+
+
+def test_processes_are_started_where_there_is_work_for_them(monkeypatch, started):
+    monkeypatch.setattr(grading, "CHUNK", 5)
+    monkeypatch.setattr(grading.os, "cpu_count", lambda: 3)
+    for count, processes in ((0, 0), (5, 1), (6, 2), (40, 3)):
+        started.clear()
+        items = [(problem(str(n), "exact", str(n)), boxed(n), "stop") for n in range(count)]
+        with Grader(GradeSpec()) as grader:
+            assert {grade.grade for grade in grader.grade_many(items)} <= {"correct"}
+            assert len(started) == processes
+
+
+def test_the_others_go_on_while_one_hangs(monkeypatch):
+    monkeypatch.setattr(grading, "CHUNK", 4)
+    items = [(problem(str(n), "exact", str(n)), boxed(n), "stop") for n in range(40)]
+    items[0] = (evaluated("hang"), boxed(ENDLESS), "stop")
+    with Grader(GradeSpec(timeout=0.5, workers=2)) as grader:
+        assert [grade.grade for grade in grader.grade_many(items)] == ["timeout", *["correct"] * 39]
+        scored = [item.id for item, _ in grader._known]
+        assert set(scored[: scored.index("hang")]) >= {str(n) for n in range(4, 40)}  # all but what waits behind it
+
+
 # Hangs and crashes
 
 
@@ -205,11 +407,11 @@ def test_a_hang_costs_itself_alone():
         grades = grader.grade_many(items)
         assert [grade.grade for grade in grades] == ["timeout" if n == 7 else "correct" for n in range(20)]
         assert "processor time" in grades[7].reason and grades[7].answer == HANG
-        process = grader._process
+        (process,) = grader.processes
         assert grader.grade_many(items) == grades  # from memory
-        assert grader._process is process and process.poll() is None
+        assert grader.processes == [process] and process.popen.poll() is None
         assert time.process_time() - started < 0.5  # waiting costs the parent nothing
-    assert process.poll() is not None
+    assert process.popen.poll() is not None
 
 
 def test_an_answer_that_kills_the_process_costs_itself_alone(grader):
@@ -222,11 +424,11 @@ def test_an_answer_that_kills_the_process_costs_itself_alone(grader):
 
 def test_a_killed_process_is_replaced(grader):
     grader.grade(problem(), boxed("5"), "stop")
-    os.kill(grader._process.pid, signal.SIGKILL)
+    os.kill(grader.processes[0].popen.pid, signal.SIGKILL)
     items = [(problem(f"{n}/7", id=f"killed {n}"), boxed(f"\\frac{{{n}}}{{7}}"), "stop") for n in range(400)]
-    killer = threading.Timer(0.2, lambda: os.kill(grader._process.pid, signal.SIGKILL))
-    first = grader._process
-    assert grader.grade(*items[0]).grade == "correct" and grader._process is not first
+    killer = threading.Timer(0.2, lambda: os.kill(grader.processes[0].popen.pid, signal.SIGKILL))
+    first = grader.processes[0]
+    assert grader.grade(*items[0]).grade == "correct" and first not in grader.processes
     killer.start()
     assert {grade.grade for grade in grader.grade_many(items)} == {"correct"}
     killer.join()
@@ -237,7 +439,7 @@ def test_a_process_that_does_nothing_is_given_up(monkeypatch):
         assert grader.grade(problem("a", "exact"), boxed("a"), "stop").grade == "correct"
         monkeypatch.setattr(grading, "ATTEMPTS", 1)
         monkeypatch.setattr(grading, "STALL_SECONDS", 0.2)
-        os.kill(grader._process.pid, signal.SIGSTOP)
+        os.kill(grader.processes[0].popen.pid, signal.SIGSTOP)
         grade = grader.grade(problem("b", "exact"), boxed("b"), "stop")
         assert grade.grade == "timeout" and "did nothing" in grade.reason
         monkeypatch.undo()

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from heal_jax.config import GradeSpec, ProblemSpec
 from heal_jax.errors import InputError
-from heal_jax.problems import sources
+from heal_jax.problems import families
 from heal_jax.problems.answers import answer_span, extract
-from heal_jax.problems.sources import Problem, check_disjoint, load
+from heal_jax.problems.sources import load
 from heal_jax.world import problems as world
 
 
@@ -84,7 +84,7 @@ def test_a_family_is_the_same_in_every_process():
 
 
 def test_a_family_that_draws_from_the_global_generator_is_the_same_each_time():
-    assert sources._entries("list_functions", 5, 3, {}) == sources._entries("list_functions", 5, 3, {})
+    assert families.entries("list_functions", 5, 3, {}) == families.entries("list_functions", 5, 3, {})
 
 
 def test_options_reach_the_family_and_repeats_are_skipped():
@@ -103,9 +103,9 @@ def test_skip_splits_a_family_with_few_questions():
         return load(ProblemSpec(source="rg:chain_sum", options=options, **fields), "auto")
 
     first, rest = drawn(limit=60), drawn(skip=60, limit=140, split="test")
-    whole = [question for question, _, _ in sources._entries("chain_sum", 200, 0, options)]
+    whole = [question for question, _, _ in families.entries("chain_sum", 200, 0, options)]
     assert [p.question for p in first + rest] == list(dict.fromkeys(whole)) and len(rest) < 140
-    sources.check_disjoint(first, rest)
+    assert not {p.question for p in first} & {p.question for p in rest}
     assert "problems.skip" in refusal(ProblemSpec(source="rg:chain_sum", options=options, skip=2000, limit=1))
 
 
@@ -125,7 +125,7 @@ def test_an_unknown_family_is_one_line():
 )
 def test_what_a_family_refuses_is_named(family, options, said):
     with pytest.raises(InputError) as caught:
-        sources._entries(family, 2, 0, options)
+        families.entries(family, 2, 0, options)
     assert said in str(caught.value) and f"rg:{family}" in str(caught.value)
 
 
@@ -186,7 +186,6 @@ GOOD = {"question": "1 + 1?", "answer": "2"}
         (b"[" * 100_000, "not JSON"),
         (b'["x", "2"]', "is not an object"),
         (b'{"question": "\xff", "answer": "2"}', "not UTF-8 at byte 15"),
-        ({"question": " 1  +\n1?", "answer": "3"}, "the same question as in line 1"),
         ({"question": "x", "answer": "2", "id": "set-train-1"}, "the same id 'set-train-1' as in line 1"),
     ],
 )
@@ -200,15 +199,6 @@ def test_files_that_hold_nothing_are_refused(tmp_path):
     assert "holds no problems" in refusal(ProblemSpec(source=f"jsonl:{write(tmp_path, b'', b' ')}"))
     assert "no such problem file" in refusal(ProblemSpec(source=f"jsonl:{tmp_path}/missing.jsonl"))
     assert "cannot be read" in refusal(ProblemSpec(source=f"jsonl:{tmp_path}"))
-
-
-def test_held_out_questions_must_not_be_trained_on():
-    def problems(split, *questions):
-        return [Problem(f"{split}{q}", "s", split, "", q, "1", "exact") for q in questions]
-
-    check_disjoint(problems("train", "a", "b"), problems("test", "c"))
-    with pytest.raises(InputError, match="2 of 3 held-out .* the first is testb.*trainb .*'b'"):
-        check_disjoint(problems("train", "a", "b", "x y"), problems("test", "c", "b", " x \n y"))
 
 
 def test_nothing_heavy_is_imported():

@@ -191,7 +191,9 @@ def test_damage_is_named(tiny, tmp_path, capsys):
         ("pace: {steps: [1, 1, 1]}", "sum to 1"),
         ("teacher: {path: nowhere}", "no such model folder"),
         ("problems: {source: 'jsonl:nowhere.jsonl'}", "nowhere.jsonl"),
-        ("problems: {split: test}", "are training problems too"),
+        ("problems: {split: test}", "no training problem is left: 6 of 6 training problems are left out (6 held out)"),
+        ("problems: {fields: {question: q}}", "problems.fields: has no meaning"),
+        ("grade: {by: choose}", "'choose' is not allowed"),
         ("sample: {n: 8, n: 9}", "n: given twice"),
         ("sample: {batch: 4}", "sample.batch: 4 is out of range, allowed: >= 8"),
         ("evaluate: {problems: {source: 'rg:nothing'}}", "rg:nothing"),
@@ -369,6 +371,61 @@ def test_your_own_problems(tmp_path):
         right = row["answer"] == str(sum(pairs[[r["problem_id"] for r in rows].index(row["problem_id"]) // 8]))
         assert (row["grade"] == "correct") == right
     assert {row["grade"] for row in rows} >= {"correct"}
+
+
+def test_training_problems_are_cleaned_before_anything_uses_them(tmp_path, capsys):
+    from heal_jax.config import load
+    from heal_jax.progress import Progress
+    from heal_jax.run import open_run
+    from heal_jax.summary import summarise
+
+    def write(name, *pairs):
+        lines = (json.dumps({"question": question, "answer": answer}) for question, answer in pairs)
+        (tmp_path / name).write_text("\n".join(lines) + "\n")
+
+    copied = "How many of the seven red hens sit in the old barn when it rains?"
+    write("train.jsonl", ("1 + 1?", "2"), ("1 + 1? ", "2"), ("2 + 2?", "4"), (f"Say: {copied}", "7"), ("3 + 3?", "6"))
+    write("test.jsonl", (copied, "7"), ("2  + 2?", "4"))
+    settings = {
+        "problems": {"source": f"jsonl:{tmp_path}/train.jsonl"},
+        "evaluate": {"problems": {"source": f"jsonl:{tmp_path}/test.jsonl", "split": "test"}},
+    }
+    path, out = tmp_path / "a.yaml", tmp_path / "out"
+    path.write_text(yaml.safe_dump(settings))
+    written = []
+    for _ in range(2):  # begun, and gone on with
+        with open_run(load(path), out, Progress(quiet=True)) as run:
+            assert [p.id for p in run.problems] == ["train-train-1", "train-train-5"] and len(run.held_out) == 2
+            figures = {"duplicates": 1, "conflicts": 0, "near_duplicates": 0, "held_out": 1, "ngrams": 1}
+            assert summarise(run)["hygiene"] == {"loaded": 5, **figures, "kept": 2}
+        written.append((out / "removed.jsonl").read_text())
+    rows = [json.loads(line) for line in written[0].splitlines()]
+    assert [(row["place"].rpartition("/")[2], row["reason"]) for row in rows] == [
+        ("train.jsonl:2", "duplicate"),
+        ("train.jsonl:3", "held out"),
+        ("train.jsonl:4", "n-gram"),
+    ]
+    assert rows[2]["ngram"] == "how many of the seven red hens sit" and rows[2]["other_place"].endswith("test.jsonl:1")
+    assert written[0] == written[1]
+    # The run is about what stays: other problems that are left out change nothing, others that stay do.
+    write("train.jsonl", ("1 + 1?", "2"), *[("1  + 1?", "3")] * 2, ("2 + 2?", "4"), ("3 + 3?", "6"))
+    with open_run(load(path), out, Progress(quiet=True)) as run:
+        assert run.hygiene["conflicts"] == 2 and (out / "removed.jsonl").read_text().count('"conflict"') == 2
+    write("train.jsonl", ("1 + 1?", "2"), *[("1  + 1?", "3")] * 2, ("2 + 4?", "6"), ("3 + 3?", "6"))
+    assert "its problems have changed" in refused(capsys, "sample", path, "--out", out)
+
+
+def test_reference_answers_that_cannot_be_compared_are_refused_with_their_line(tmp_path, capsys):
+    lines = [{"question": f"{n}?", "answer": answer} for n, answer in enumerate(("4", "x^2+", "x^2", "\\frac{1}{"))]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = yaml.safe_load(TINY.read_text()) | {"problems": {"source": f"jsonl:{tmp_path}/train.jsonl"}}
+    path = tmp_path / "a.yaml"
+    path.write_text(yaml.safe_dump(config))
+    said = refused(capsys, "sample", path, "--out", tmp_path / "out")
+    assert (
+        "train.jsonl:2: no answer can be compared with 'x^2+'" in said and f"1 more: {tmp_path}/train.jsonl:4" in said
+    )
+    assert "grade.unreadable" in said and not (tmp_path / "out").exists()
 
 
 def test_config_survives_its_own_file(tmp_path):

@@ -8,7 +8,8 @@ from pathlib import Path
 from heal_jax.config import Config, ProblemSpec
 from heal_jax.model.lm import open_tokenizer
 from heal_jax.plan.assumptions import Assumptions
-from heal_jax.problems.sources import Problem, load
+from heal_jax.problems.hygiene import clean
+from heal_jax.problems.sources import Problem, at_hand, load
 from heal_jax.run import hindsight_question, hint_text, plain_question
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -38,6 +39,7 @@ def workload(config: Config, folders: dict[str, Path], assumptions: Assumptions)
     a = assumptions
     train = _problems(config.problems, config, "problems")
     test = _problems(config.evaluate.problems, config, "evaluate.problems")
+    train, _ = clean(train, test, config.hygiene)
     assumed: list[str] = []
 
     def choose(given: int | None, measured: int | None, default: int, what: str) -> int:
@@ -75,8 +77,5 @@ def workload(config: Config, folders: dict[str, Path], assumptions: Assumptions)
 
 
 def _problems(spec: ProblemSpec, config: Config, where: str) -> list[Problem]:
-    """The problems, none where their file is not there (yet)."""
-    scheme, _, name = spec.source.partition(":")
-    if scheme == "jsonl" and not Path(name).expanduser().is_file():
-        return []
-    return load(spec, config.grade.by, where)
+    """The problems, none where they are not on this machine (yet): nothing is fetched."""
+    return load(spec, config.grade.by, where) if at_hand(spec) else []

@@ -1,23 +1,32 @@
 """The grades of rollouts: correct, wrong, unparsable, truncated, timeout."""
 
+import contextlib
+import dataclasses
 import itertools
 import json
+import os
 import signal
 import subprocess
+import time
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from multiprocessing.connection import wait
 from types import TracebackType
+from typing import NoReturn
 
 from heal_jax.config import GradeSpec
 from heal_jax.errors import RunError
-from heal_jax.problems import worker
+from heal_jax.problems import scorers, worker
 from heal_jax.problems.answers import extract
 from heal_jax.problems.sources import Problem
 
-CHUNK = 256  # answers sent at once
+CHUNK = 256  # answers sent at once; fewer do not pay for a process more, which takes seconds to start
 STALL_SECONDS = 60.0  # wall-clock time, besides 20 timeouts, after which a process that does nothing is given up
 ATTEMPTS = 2  # a hang or a crash may be the machine's fault once
+
+Pair = tuple[Problem, str]  # a problem and an answer to it
+Verdict = tuple[str, str]  # grade and reason
 
 
 @dataclass(frozen=True)
@@ -30,16 +39,17 @@ class Grade:
 
 
 class Grader:
-    """Grades rollouts; answers are scored in a process of its own, so that a hang or a crash costs one answer.
+    """Grades rollouts; answers are scored in processes of their own, so that a hang or a crash costs one answer.
 
-    A context manager: the process ends with it. The same answer to the same problem is scored once.
+    `grade.workers` processes at most, started when there is a chunk of answers for each; which of them scores an answer
+    does not change its grade. A context manager: the processes end with it. The same answer to the same problem is
+    scored once.
     """
 
     def __init__(self, spec: GradeSpec) -> None:
         self.spec = spec
-        self._known: dict[tuple[Problem, str], tuple[str, str]] = {}
-        self._process: subprocess.Popen[bytes] | None = None
-        self._connection: Connection | None = None
+        self.processes: list[_Process] = []
+        self._known: dict[Pair, Verdict] = {}
 
     def __enter__(self) -> "Grader":
         return self
@@ -59,7 +69,7 @@ class Grader:
         Raises ValueError for an unknown finish, RunError where a scorer cannot be loaded.
         """
         answers = [extract(text, self.spec) for _, text, _ in items]
-        wanted: dict[tuple[Problem, str], None] = {}
+        wanted: dict[Pair, None] = {}
         for (problem, _, finish), answer in zip(items, answers, strict=True):
             if finish not in ("stop", "length"):
                 raise ValueError(f"finish is {finish!r}, stop or length is expected")
@@ -69,6 +79,16 @@ class Grader:
         return [
             self._grade(problem, answer, finish) for (problem, _, finish), answer in zip(items, answers, strict=True)
         ]
+
+    def unreadable(self, problems: Sequence[Problem]) -> list[tuple[Problem, str]]:
+        """Problems whose reference answer is mathematical notation that math-verify cannot read, and the reason.
+
+        Only those that it scores count; words, choices and plain numbers need no reading.
+        """
+        asked = [p for p in problems if p.scorer == "math" and not scorers.plain_text(p.answer)]
+        pairs = [(dataclasses.replace(p, scorer="reference"), p.answer) for p in asked]
+        self._score(list(dict.fromkeys(pairs)))
+        return [(p, self._known[pair][1]) for p, pair in zip(asked, pairs) if self._known[pair][0] != "correct"]
 
     def _grade(self, problem: Problem, answer: str | None, finish: str) -> Grade:
         if finish == "length":
@@ -80,73 +100,133 @@ class Grader:
         grade, reason = self._known[problem, answer]
         return Grade(grade, answer, reason)
 
-    def _score(self, pairs: list[tuple[Problem, str]]) -> None:
-        """Fill in the verdicts of (problem, answer) pairs, with a fresh process after each hang and crash."""
-        done, failures = 0, 0
-        while done < len(pairs):
-            chunk = pairs[done : done + CHUNK]
-            verdicts, failure = self._attempt(chunk)
-            self._known.update(zip(chunk, verdicts, strict=False))
-            done += len(verdicts)
-            failures = 0 if verdicts else failures
-            if failure:
-                failures += 1
-                if failures == ATTEMPTS:
-                    self._known[pairs[done]] = failure
-                    done, failures = done + 1, 0
+    def _score(self, pairs: list[Pair]) -> None:
+        """Fill in the verdicts of pairs, with a fresh process after each hang and crash.
 
-    def _attempt(self, chunk: list[tuple[Problem, str]]) -> tuple[list[tuple[str, str]], tuple[str, str] | None]:
-        """The verdicts of a chunk up to the first answer that hangs or crashes, and what to say of that one."""
-        verdicts: list[tuple[str, str]] = []
-        patience = STALL_SECONDS + 20 * self.spec.timeout
+        Raises RunError where a scorer cannot be loaded or a process does not start.
+        """
+        todo = deque(range(start, min(start + CHUNK, len(pairs))) for start in range(0, len(pairs), CHUNK))
+        most = self.spec.workers or os.cpu_count() or 1
+        failed: Counter[int] = Counter()
         try:
-            connection = self._connection or self._start()
-            connection.send((self.spec.timeout, _request(chunk)))
-            for _ in chunk:
-                if not connection.poll(patience):
-                    self._stop()
-                    return verdicts, ("timeout", f"the scoring process did nothing for {patience:g} s")
-                grade, reason = json.loads(connection.recv_bytes())
-                if grade == "broken":
-                    raise RunError(f"grading: a scorer cannot be loaded ({reason})")
-                verdicts.append((grade, reason))
-        except (EOFError, OSError, ValueError):
-            status = self._stop(kill=False)
-            if status == -signal.SIGPROF:
-                return verdicts, ("timeout", f"no verdict after {self.spec.timeout:g} s of processor time")
-            return verdicts, ("unparsable", f"the scoring process died (exit status {status})")
+            while todo or any(process.work for process in self.processes):
+                idle = [process for process in self.processes if not process.work]
+                while todo and (idle or len(self.processes) < most):
+                    if not idle:
+                        idle.append(_Process(self.spec.timeout))
+                        self.processes.append(idle[0])
+                    work = todo.popleft()
+                    idle.pop().take(work, [pairs[index] for index in work])
+                self._hear(pairs, todo, failed)
         except BaseException:
             self._stop()  # replies are still to come; the next call must not read them
             raise
-        return verdicts, None
 
-    def _start(self) -> Connection:
-        self._process, self._connection = worker.start("heal_jax.problems.scorers", "serve")
+    def _hear(self, pairs: list[Pair], todo: deque[range], failed: Counter[int]) -> None:
+        """Wait for the processes at work; note verdicts, and give back to `todo` what a dead one leaves."""
+        busy = [process for process in self.processes if process.work]
+        patience = min(process.deadline for process in busy) - time.monotonic()
+        ready = wait([process.connection for process in busy], max(0.0, patience))
+        for process in busy:
+            first, rest = process.work[0], process.work[1:]
+            try:
+                if process.connection in ready:
+                    if (verdict := process.read()) is not None:
+                        self._known[pairs[first]] = verdict
+                elif time.monotonic() >= process.deadline:
+                    process.give_up()
+            except _LostError as lost:
+                self.processes.remove(process)
+                failed[first] += 1
+                if failed[first] < ATTEMPTS:
+                    rest = process.work
+                else:
+                    self._known[pairs[first]] = lost.verdict
+                if rest:
+                    todo.appendleft(rest)
+
+    def _stop(self) -> None:
+        while self.processes:
+            self.processes.pop().stop()
+
+
+class _LostError(Exception):
+    """A process is gone; `verdict` is what to say of the answer that it was at."""
+
+    def __init__(self, grade: str, reason: str) -> None:
+        self.verdict = grade, reason
+
+
+class _Process:
+    """A scoring process, and what it has still to score: `work` counts the pairs from the one that it is at."""
+
+    def __init__(self, timeout: float) -> None:
+        self.timeout, self.work = timeout, range(0)
+        self._started = False
+        self.popen, self.connection = worker.start("heal_jax.problems.scorers", "serve")
+
+    def take(self, work: range, pairs: list[Pair]) -> None:
+        """Begin to score pairs, as soon as the process is there."""
+        self.work, self._request = work, (self.timeout, _request(pairs))
+        if self._started:
+            self._send()
+        self._wait()
+
+    def read(self) -> Verdict | None:
+        """The next verdict, None where the process says that it has started.
+
+        Raises _LostError where it died, RunError where it cannot start or cannot load a scorer.
+        """
         try:
-            ready = self._connection.poll(STALL_SECONDS) and self._connection.recv_bytes() == b"ready"
-        except (EOFError, OSError):
-            ready = False
-        if not ready:
-            raise RunError(f"grading: the scoring process does not start (exit status {self._stop()})")
-        return self._connection
+            message = self.connection.recv_bytes()
+            if not self._started:
+                self._started = message == b"ready"
+                self._send()
+                self._wait()
+                return None
+            grade, reason = json.loads(message)
+        except (EOFError, OSError, ValueError):
+            status = self.stop(kill=False)
+            if not self._started:
+                raise RunError(f"grading: the scoring process does not start (exit status {status})") from None
+            if status == -signal.SIGPROF:
+                raise _LostError("timeout", f"no verdict after {self.timeout:g} s of processor time") from None
+            raise _LostError("unparsable", f"the scoring process died (exit status {status})") from None
+        if grade == "broken":
+            raise RunError(f"grading: a scorer cannot be loaded ({reason})")
+        self.work = self.work[1:]
+        self._wait()
+        return grade, reason
 
-    def _stop(self, kill: bool = True) -> int:
+    def give_up(self) -> NoReturn:
+        self.stop()
+        if not self._started:
+            raise RunError("grading: the scoring process does not start")
+        raise _LostError("timeout", f"the scoring process did nothing for {self._patience():g} s")
+
+    def stop(self, kill: bool = True) -> int:
         """End the process, at once or when it does so by itself; its exit status."""
-        if self._connection is not None:
-            self._connection.close()
-        process, self._process, self._connection = self._process, None, None
-        if process is None:
-            return 0
+        self.connection.close()
         if not kill:
             try:
-                return process.wait(timeout=5)
+                return self.popen.wait(timeout=5)
             except subprocess.TimeoutExpired:
                 pass
-        process.kill()
-        return process.wait()
+        self.popen.kill()
+        return self.popen.wait()
+
+    def _send(self) -> None:
+        with contextlib.suppress(OSError):  # a process that died is found dead when it is read
+            self.connection.send(self._request)
+
+    def _wait(self) -> None:
+        self.deadline = time.monotonic() + self._patience()
+
+    def _patience(self) -> float:
+        return STALL_SECONDS + 20 * self.timeout
 
 
-def _request(chunk: list[tuple[Problem, str]]) -> list[tuple[str, dict[str, object], list[str]]]:
+def _request(chunk: list[Pair]) -> list[tuple[str, dict[str, object], list[str]]]:
     """The chunk as scorers.serve reads it; neighbours of one problem share it."""
     return [
         (

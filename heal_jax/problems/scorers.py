@@ -89,14 +89,51 @@ def load(kind: str, metadata: dict[str, Any]) -> Score:
     if kind == "math":
         _warm_up()
         return math
+    if kind == "reference":
+        _warm_up()
+        return reference
     if kind == "exact":
         return exact
+    if kind == "choice":
+        return choice
     raise ValueError(f"no scorer of this name: {kind}")
 
 
 def exact(problem: dict[str, Any], answer: str) -> Verdict:
     """The same text, white space and Unicode composition aside."""
     return "correct" if _same_text(problem["answer"], answer) else "wrong", ""
+
+
+# A lead such as "The answer is", the letter (in brackets, or before a mark that sets it apart), the option's text.
+LEAD = r"(?:(?:the|my)\s+)?(?:(?:final|correct|right|best)\s+)?(?:answer|option|choice)\s*(?:is|=)?\s*:?\s*"
+CHOICE = re.compile(
+    rf"(?:{LEAD}){{0,2}}(?:(?:\(\s*([a-z])\s*\)|\[\s*([a-z])\s*\])|([a-z])(?=$|[).:\]]))[).:\]\s]*(.*)", re.IGNORECASE
+)
+SECOND = re.compile(  # another letter in the option's text: bracketed, alone, or after a word or mark that joins
+    r"(?:^|\s)[(\[]\s*[A-Za-z]\s*[)\]]|^\W*[A-Z]\W*$|(?:^|\s)[A-Z][):](?:\s|$)|^[A-Z]\.\s"
+    r"|(?:\b(?:[Oo]r|[Nn]or|[Nn]ot)\b)\W*[A-Z]\b|(?:\b(?:[Aa]nd|[Bb]ut|[Nn]o)\b|[,;/&])\W*[A-Z]\b(?!\s+[a-z])"
+)
+TAKEN_BACK = re.compile(r"(?:is|was|seems)\s+(?:not\b|wrong|incorrect|false)", re.IGNORECASE)
+
+
+def choice(problem: dict[str, Any], answer: str) -> Verdict:
+    """The reference's letter and no other: B, b, (B), [B], B., B) 42, (B) 42, Answer: B, The answer is (B).
+
+    Strict: what names two letters (A or B; A, B; B. No, C), takes one back (not B) or says more without a mark after
+    the letter (B because) is wrong. The option's text is not compared.
+    """
+    letter = choice_letter(answer)
+    if letter is None:
+        return "wrong", "not one choice letter"
+    return "correct" if letter == choice_letter(problem["answer"]) else "wrong", ""
+
+
+def choice_letter(text: str) -> str | None:
+    """The one letter that a multiple-choice answer names, as a capital; None where it is not one."""
+    match = CHOICE.fullmatch(_text(WRAPPER.sub(r"\1", text).replace("$", "").replace("*", "")))
+    if match is None or SECOND.search(match[4]) or TAKEN_BACK.match(match[4]):
+        return None
+    return (match[1] or match[2] or match[3]).upper()
 
 
 def _same_text(gold: str, answer: str) -> bool:
@@ -107,10 +144,16 @@ def _same_numbers(gold: str, answer: str) -> bool:
     return Counter(re.findall(r"\d+", gold)) == Counter(re.findall(r"\d+", answer))
 
 
+def _one_number(gold: str, answer: str) -> bool:
+    match = re.fullmatch(r"(?:\\?\$|[£€])?\s*(-?\d+(?:\.\d+)?)\s*(?:[^\W\d_]+\s*)*\.?", answer.strip())
+    return match is not None and float(match[1]) == float(gold)
+
+
 # What must hold besides full credit, in families whose scorer gives that to wrong answers.
 STRICTER: dict[str, Callable[[str, str], bool]] = {
     "coin_flip": _same_text,  # a prefix is enough: "0" for 0.25
     "game_of_life_halting": _same_text,  # any text is enough
+    "gsm_symbolic": _one_number,  # the first number without its sign is enough: "5 or 7", "-5", "5%" for 5
     "puzzle24": _same_numbers,  # any four numbers that make 24 are enough
 }
 
@@ -171,6 +214,28 @@ def math(problem: dict[str, Any], answer: str) -> Verdict:
         return "unparsable", "math-verify cannot read the answer"
     bases = {match[1] for match in (BASE.search(word), BASE.search(other)) if match}
     return ("correct" if len(bases) < 2 and _equal(expected, found) else "wrong"), ""
+
+
+NOTATION = re.compile(r"[\\^_{}*]|\d\s*/\s*\d")
+
+
+def plain_text(answer: str) -> bool:
+    """Whether an answer is words, a choice or a plain number, with nothing in it that is mathematical notation.
+
+    Such a reference needs no parser: `math` compares it as a number or as text.
+    """
+    plain = _plain(answer)
+    return not NOTATION.search(plain) and not any(unicodedata.category(letter) == "Sm" for letter in plain)
+
+
+def reference(problem: dict[str, Any], answer: str) -> Verdict:
+    """Whether `math` can compare with a reference answer: math-verify reads it, and a comparison comes to an end."""
+    expected = _reference(answer)
+    if expected is None:
+        return "unparsable", "math-verify cannot read it"
+    with suppress(Exception):  # what cannot be compared with a number may be comparable with its like
+        _equal(expected, _parse("1"))
+    return "correct", ""
 
 
 def _text(text: str) -> str:
