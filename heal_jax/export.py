@@ -34,7 +34,7 @@ def export(run: Run) -> None:
     """The student after HEAL into DIR/export."""
     with run.work("export"):
         save(trained(run, "heal"), run.root / "export")
-    run.directory.finish("export")
+    run.directory.finish("export", [run.root / "export"])
 
 
 def _written_here(path: Path) -> bool:
