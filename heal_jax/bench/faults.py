@@ -194,7 +194,7 @@ def show(result: Mapping[str, Any], console: Console) -> None:
     table.add_row("all", str(sum(result["kills"].values())), style="bold")
     console.print(table)
     console.print(
-        f"{result['runs']} runs of {result['config']}, {result['rollouts']} rollouts each, in {result['seconds']:.0f} s: "
+        f"{result['runs']} runs of {result['config']}, {result['rollouts']} rollouts each: "
         f"lost {result['lost']}, duplicated {result['duplicated']}, finished shards made again "
         f"{result['shards_made_again']}, identical {'yes' if result['identical'] else 'no'}",
         soft_wrap=True,
