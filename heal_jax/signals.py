@@ -29,21 +29,22 @@ class Stopped(KeyboardInterrupt):
         self.status = 128 + number
 
 
-_asked: int | None = None  # the signal
+_asked: int | None = None  # the signal, when Python has handled it
+_received: int | None = None  # the signal, as soon as it came
 _raised = False  # once: what is closed on the way out must not be interrupted again
 _deferred = 0
 
 
 def asked() -> int | None:
     """The signal that asked this process to stop."""
-    return _asked
+    return _received or _asked
 
 
 def stop() -> None:
     """Raise Stopped; also in a process whose peers were asked."""
     global _raised
     _raised = True
-    raise Stopped(_asked or signal.SIGTERM)
+    raise Stopped(asked() or signal.SIGTERM)
 
 
 @contextlib.contextmanager
@@ -55,7 +56,7 @@ def deferred() -> Iterator[None]:
         yield
     finally:
         _deferred -= 1
-    if _asked is not None and not _deferred:
+    if asked() and not _deferred:
         stop()
 
 
@@ -79,13 +80,15 @@ def _handle(number: int, frame: FrameType | None) -> None:
 
 def _watch(read: int) -> None:
     """Ends the process where the main thread does not."""
+    global _received
     deadline, interrupts = float("inf"), 0
     while True:
         left = deadline - time.monotonic()
         ready, _, _ = select.select([read], [], [], None if left == float("inf") else max(0.0, left))
         if not ready:
-            _end()
+            _end(_received or signal.SIGTERM)
         for number in os.read(read, 64):
+            _received = number
             if number == signal.SIGTERM:
                 deadline = min(deadline, time.monotonic() + GRACE)
             elif number == signal.SIGINT:
@@ -94,9 +97,8 @@ def _watch(read: int) -> None:
                     deadline = min(deadline, time.monotonic() + AGAIN)
 
 
-def _end() -> None:
-    number = _asked or signal.SIGTERM  # no handler ran: the main thread was in compiled code all the time
-    said = f"\nheal: {name(number)} in the middle of work; what was finished is on disk: {GOES_ON}\n"
+def _end(number: int) -> None:
+    said = f"heal: {name(number)} in the middle of work; what was finished is on disk, {GOES_ON}\n"
     with contextlib.suppress(OSError, ValueError):
         os.write(sys.stderr.fileno(), said.encode())  # the main thread may hold the stream's own lock
     os._exit(128 + number)

@@ -342,6 +342,37 @@ def test_a_checkpoint_that_one_process_cannot_write_ends_all(tmp_path):
     assert all("\nheal: " in text for text in said) and "a checkpoint cannot be written" in said[1], said
 
 
+PREEMPTED = """
+def do(me):
+    from pathlib import Path
+    from heal_jax.config import ModelSpec, TrainSpec
+    from heal_jax.model.lm import open_model
+    from heal_jax.model.mesh import make_mesh
+    from heal_jax.train import loop
+    from heal_jax.train.data import Example
+    mesh = make_mesh({"fsdp": 4, "tensor": 2})
+    lm = open_model(ModelSpec("builtin:teacher"), mesh)
+    examples = [Example(f"e{i}", "p", "base", tuple(range(i + 3, i + 40)), 8) for i in range(8)]
+    loop.train(lm.model, [loop.Phase("all", examples, 10**6)], TrainSpec(steps=10**6, batch=8, log_every=1), length=64,
+               pad_id=0, seed=0, folder=Path(sys.argv[1]), checkpoint_seconds=1e9, mesh=mesh,
+               log=lambda metrics: print("step", flush=True))
+cli.main()
+"""
+
+
+def test_processes_that_are_told_to_end_save_together(tmp_path):
+    """SIGTERM to all, as before a machine is taken away: a whole checkpoint, and status 143 of each."""
+    running = start(2, free_address(), [sys.executable, "-c", AS_HEAL + PREEMPTED, str(tmp_path / "checkpoints")])
+    for process in running:
+        assert process.stdout.readline() == "step\n"
+    for process in running:
+        process.send_signal(signal.SIGTERM)
+    said = [process.communicate(timeout=PATIENCE)[1] for process in running]
+    assert [process.returncode for process in running] == [143, 143], said
+    assert all(text.strip().splitlines()[-1].startswith("heal: terminated") for text in said), said
+    assert [path.name for path in (tmp_path / "checkpoints").glob("*/sha256.json")] == ["sha256.json"]
+
+
 APART = """
 def do(me):
     from pathlib import Path

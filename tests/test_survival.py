@@ -1,6 +1,7 @@
 """What a run survives: kills, signals, damage, full disks, too little memory, partial stages, another mesh."""
 
 import contextlib
+import dataclasses
 import errno
 import json
 import os
@@ -93,8 +94,8 @@ def test_stopped_anywhere_with_a_curriculum_of_half_the_rollouts(tiny, tmp_path)
     said = heal("curate", config, "--out", out)
     assert "not finished are sample, hindsight, repair" in said and "of 12 problems have all" in said
     heal("train", config, "--out", out, "--quiet")
-    partly = RunDirectory(out).manifest["stages"]["train"]["heal"][0]["examples"]
-    assert partly < RunDirectory(tiny[0]).manifest["stages"]["train"]["heal"][-1]["examples"]
+    some, every = (RunDirectory(path).manifest["stages"]["train"]["heal"]["phases"] for path in (out, tiny[0]))
+    assert some[-1]["examples"] < every[-1]["examples"]
 
     hit, said = [], ""
     for stage in STAGES:
@@ -148,21 +149,22 @@ def test_what_is_damaged_is_made_again(tiny, tmp_path):
     for name in ("problems.parquet", "decisions.parquet", "config.yaml", "export/model.safetensors"):
         flip(out / name)
     flip(next(out.glob("curriculum/stage1/*array_record*")))
-    flip(max((out / "checkpoints" / "heal" / "12" / "state").rglob("*"), key=lambda path: path.stat().st_size))
+    step = max((out / "checkpoints" / "heal").glob("[0-9]*"), key=lambda path: int(path.name))
+    flip(max((step / "state").rglob("*"), key=lambda path: path.stat().st_size))
     tear(out / "manifest.json")
     left = [out / "rollouts" / f"{name}-00000.parquet" for name in ("base", "hindsight", "repair")]
     before = [path.stat().st_mtime_ns for path in left]
 
     said = heal("run", TINY, "--out", out)
     for name in ("manifest.json", "config.yaml", "base-00001.parquet", "heal-00000.parquet", "teacher-00000.parquet",
-                 "problems.parquet", "decisions.parquet", "array_record", "model.safetensors", "heal/12"):  # fmt: skip
+                 "problems.parquet", "decisions.parquet", "array_record", "model.safetensors", f"heal/{step.name}"):  # fmt: skip
         assert any(line.startswith("note: ") and name in line for line in said.splitlines()), name
     assert "going on from manifest.json.backup" in said and "base-00001.parquet.damaged" in said
     for name in ("hindsight", "repair", "train"):
         assert f"{name:<10} done before" in said
     assert [path.stat().st_mtime_ns for path in left] == before
     assert (out / "rollouts" / "base-00001.parquet.damaged").is_file()
-    assert (out / "checkpoints" / "heal" / "12.damaged").is_dir()
+    assert step.with_name(f"{step.name}.damaged").is_dir()
     assert content(out) == content(tiny[0])
     assert heal("run", TINY, "--out", out).count("done before") == len(STAGES)
 
@@ -333,25 +335,24 @@ uninterrupted = training.uninterrupted
 @pytest.mark.parametrize("one_first", [True, False])
 def test_training_goes_on_at_another_mesh(tmp_path, monkeypatch, one_first):
     """One device, then eight, or the other way: the same batches in the same order, losses within 1e-4."""
-    monkeypatch.setattr(loop, "LOG_EVERY", 1)
     batches: list[np.ndarray] = []
-    step = loop.train_step
+    step, spec = loop.train_step, dataclasses.replace(training.SPEC, log_every=1)
 
-    def recorded(graph, transform, params, opt_state, tokens, mask, *more):
-        batches.append(np.asarray(tokens))
-        return step(graph, transform, params, opt_state, tokens, mask, *more)
+    def recorded(graph, transform, params, opt_state, batch, *more):
+        batches.append(np.asarray(batch.tokens))
+        return step(graph, transform, params, opt_state, batch, *more)
 
     monkeypatch.setattr(loop, "train_step", recorded)
     meshes = [None, make_mesh({"data": 4, "tensor": 2})]
     whole: list[dict[str, Any]] = []
-    training.run(tmp_path / "whole", whole.append)
+    training.run(tmp_path / "whole", whole.append, spec=spec)
     alone, batches[:] = [*batches], []
     lines: list[dict[str, Any]] = []
     first, second = meshes if one_first else meshes[::-1]
     with pytest.raises(training.Stop):
-        training.run(tmp_path / "moved", training.stop_at(14), mesh=first)
+        training.run(tmp_path / "moved", training.stop_at(14), mesh=first, spec=spec)
     done = len(batches)
-    training.run(tmp_path / "moved", lines.append, mesh=second)
+    training.run(tmp_path / "moved", lines.append, mesh=second, spec=spec)
     assert done == 14 and len(batches) - done == 13  # from the checkpoint after step 9
     for a, b in zip(alone, [*batches[:9], *batches[done:]], strict=True):
         np.testing.assert_array_equal(a, b)
