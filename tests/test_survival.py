@@ -156,8 +156,9 @@ def test_what_is_damaged_is_made_again(tiny, tmp_path):
     before = [path.stat().st_mtime_ns for path in left]
 
     said = heal("run", TINY, "--out", out)
-    for name in ("manifest.json", "config.yaml", "base-00001.parquet", "heal-00000.parquet", "teacher-00000.parquet",
-                 "problems.parquet", "decisions.parquet", "array_record", "model.safetensors", f"heal/{step.name}"):  # fmt: skip
+    tables = ("base-00001", "heal-00000", "teacher-00000", "problems", "decisions")
+    others = ("manifest.json", "config.yaml", "array_record", "model.safetensors", f"heal/{step.name}")
+    for name in (*(f"{table}.parquet" for table in tables), *others):
         assert any(line.startswith("note: ") and name in line for line in said.splitlines()), name
     assert "going on from manifest.json.backup" in said and "base-00001.parquet.damaged" in said
     for name in ("hindsight", "repair", "train"):

@@ -196,7 +196,7 @@ def show(result: Mapping[str, Any], console: Console) -> None:
     console.print(
         f"{result['runs']} runs of {result['config']}, {result['rollouts']} rollouts each: "
         f"lost {result['lost']}, duplicated {result['duplicated']}, finished shards made again "
-        f"{result['shards_made_again']}, identical {'yes' if result['identical'] else 'no'} ({result['seconds']:.0f} s)",
+        f"{result['shards_made_again']}, identical {'yes' if result['identical'] else 'no'}; {result['seconds']:.0f} s",
         soft_wrap=True,
     )
 
