@@ -4,11 +4,9 @@ import contextlib
 import shutil
 from collections.abc import Callable, Iterator
 
-import jax
-
 from heal_jax.collect import hindsight, repair, sample
 from heal_jax.curriculum import STUDENTS, curate, train_students
-from heal_jax.errors import RunError
+from heal_jax.errors import RunError, out_of_memory
 from heal_jax.evaluate import evaluate
 from heal_jax.export import export
 from heal_jax.processes import once
@@ -77,17 +75,19 @@ def _start_over(run: Run, name: str) -> None:
     run.progress.say(f"{name:<10} is done again: what it is made from has changed")
     if name in ("hindsight", "repair"):
         run.directory.forget(name, shards=lambda shard: shard.startswith(f"rollouts/{name}-"))
-    elif name in ("train", "evaluate", "export"):
+    elif name == "evaluate":
 
         def of_student(shard: str) -> bool:
             return shard.startswith("evaluation/") and any(f"{student}-" in shard for student in STUDENTS)
 
-        run.directory.forget("train", "evaluate", "export", shards=of_student)
+        run.directory.forget(name, shards=of_student)
+    else:
+        run.directory.forget(name)
+    if name == "train":
+        run.log("train_anew")
         for student in STUDENTS:
             run.directory.manifest.get("work", {}).pop(f"train {student}", None)
         once(lambda: shutil.rmtree(run.root / "checkpoints", ignore_errors=True))
-    else:
-        run.directory.forget(name)
 
 
 @contextlib.contextmanager
@@ -95,8 +95,8 @@ def _memory(stage: str) -> Iterator[None]:
     """Say what to change where memory runs out."""
     try:
         yield
-    except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+    except Exception as error:
+        if not out_of_memory(error):
             raise
         reason = " ".join(str(error).removeprefix("RESOURCE_EXHAUSTED:").split())[:200] or "no more memory"
         advice = f"{KNOBS[stage]}, or split" if stage in KNOBS else "split"

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from heal_jax.errors import RunError
+from heal_jax.errors import RunError, out_of_memory
 from heal_jax.processes import count, primary
 from heal_jax.store import file_sha256, set_aside, write_json
 
@@ -128,6 +128,8 @@ def restore(
         differing = [name for name in identity if training.get(name) != identity[name]]
         state = None if differing else checkpointer.load(latest, target)
     except Exception as error:
+        if out_of_memory(error):
+            raise
         reason = " ".join(str(error).split())[:300]
         raise RunError(f"{latest.path}: cannot be read ({reason}); remove it to go on from the one before") from error
     if state is None:
