@@ -93,6 +93,7 @@ def test_stopped_anywhere_with_a_curriculum_of_half_the_rollouts(tiny, tmp_path)
 
     said = heal("curate", config, "--out", out)
     assert "not finished are sample, hindsight, repair" in said and "of 12 problems have all" in said
+    assert "stage 2 is empty: it is skipped" in said and "stage 3 is empty: it is skipped" in said
     heal("train", config, "--out", out, "--quiet")
     some, every = (RunDirectory(path).manifest["stages"]["train"]["heal"]["phases"] for path in (out, tiny[0]))
     assert some[-1]["examples"] < every[-1]["examples"]
