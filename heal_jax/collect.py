@@ -73,9 +73,10 @@ def sample(run: Run) -> None:
         }
         for p in run.problems
     ]
+    path = run.root / "problems.parquet"
     if processes.primary():
-        write_table(run.root / "problems.parquet", rows, PROBLEMS)
-    run.directory.finish("sample", correct=dict(correct), strata=strata)
+        write_table(path, rows, PROBLEMS)
+    run.directory.finish("sample", [path], correct=dict(correct), strata=strata)
 
 
 def hindsight(run: Run) -> None:
@@ -227,7 +228,7 @@ def _shards(
         part, tokens = units[number * shape.contexts : (number + 1) * shape.contexts], list[int]()
         owner = number % processes.count()
         rows = functools.partial(make, part, tokens, owner)
-        table, _ = run.directory.shard(f"rollouts/{kind}-{number:05d}", rows, owner=owner)
+        table = run.shard(stage, f"rollouts/{kind}-{number:05d}", rows, owner=owner)
         new = list(zip(table["problem_id"].to_pylist(), table["grade"].to_pylist()))
         graded += new
         correct += sum(grade == "correct" for _, grade in new)

@@ -1,6 +1,7 @@
 """From rollouts to students: decisions, the three stages on disk, HEAL's training and the baseline's."""
 
 import dataclasses
+import hashlib
 import re
 import shutil
 from collections import Counter
@@ -24,9 +25,14 @@ STUDENTS = ("heal", "rejection_sampling")
 
 
 def curate(run: Run) -> None:
-    """PURE and PACE: a decision for every rollout in decisions.parquet, the stages as datasets in curriculum/."""
+    """PURE and PACE: a decision for every rollout in decisions.parquet, the stages as datasets in curriculum/.
+
+    Of stages that have not finished it takes what is there. Raises InputError where there is nothing.
+    """
+    if unfinished := [name for name in ("sample", "hindsight", "repair") if run.directory.done(name) is None]:
+        run.progress.say(f"curate     what is there so far: not finished are {', '.join(unfinished)}")
     record = once(lambda: _curate(run))
-    run.directory.finish("curate", **record)
+    run.directory.finish("curate", [run.root / "decisions.parquet", run.root / "curriculum"], **record)
     sizes = ", ".join(f"stage {stage}: {figures['examples']}" for stage, figures in record["stages"].items())
     run.progress.say(f"curate     {sizes} examples")
     if own := record.get("retokenised"):
@@ -45,10 +51,13 @@ def curate(run: Run) -> None:
 def _curate(run: Run) -> dict[str, Any]:
     """Writes all of it; what the manifest is to say."""
     config, tokenizer = run.config, run.tokenizers["teacher"]
-    strata = run.directory.manifest["stages"]["sample"]["strata"]
     patterns = [re.compile(pattern) for pattern in config.gear.leak_patterns]
     with run.work("curate"):
         rows = run.directory.rollouts().to_pylist()
+        strata = _strata(run, rows)
+        rows = [row for row in rows if row["problem_id"] in strata]
+        if not rows:
+            raise InputError(f"{run.root}: no unaided rollouts yet; run `heal sample` or `heal run` first")
         learned = [as_learned(run, row) for row in rows]
         candidates = []
         for i, row in enumerate(rows):
@@ -99,10 +108,21 @@ def _curate(run: Run) -> dict[str, Any]:
             }
             for stage, examples in stages.items()
         },
+        "curriculum": hashlib.sha256(repr(stages).encode()).hexdigest(),
     }
     if not run.same_ids:
         record["retokenised"] = _retokenised(rows, learned, decisions)
     return record
+
+
+def _strata(run: Run, rows: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Strata of the problems whose unaided rollouts are there: a shard holds all of a problem's."""
+    spec, base = run.config.sample, [row for row in rows if row["kind"] == "base"]
+    correct = Counter(row["problem_id"] for row in base if row["grade"] == "correct")
+    found = dict.fromkeys(row["problem_id"] for row in base)
+    if len(found) < len(run.problems):
+        run.progress.say(f"curate     {len(found)} of {len(run.problems)} problems have all their unaided rollouts")
+    return {problem: pace.stratum(correct[problem], spec.n, run.config.gear.max_correct) for problem in found}
 
 
 def as_learned(run: Run, row: dict[str, Any]) -> tuple[Sequence[int], Sequence[int]]:
@@ -168,7 +188,7 @@ def train_students(run: Run) -> None:
             **{field: getattr(done, field) for field in ("tokens", "loss_tokens", "skipped")},
             "packing": round(done.tokens / (done.step * run.config.train.batch * length), 4) if done.step else None,
         }
-    run.directory.finish("train", length=length, **accounts)
+    run.directory.finish("train", (), length=length, **accounts)
 
 
 def training_plan(run: Run) -> tuple[dict[str, list[Phase]], int]:
@@ -233,4 +253,5 @@ def train_one(
         checkpoint_seconds=run.config.checkpoint.seconds,
         mesh=run.mesh,
         log=log,
+        say=run.progress.say,
     )

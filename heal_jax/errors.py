@@ -1,4 +1,4 @@
-"""The two ways a command ends badly."""
+"""The two ways a command ends badly, and one of their reasons."""
 
 
 class InputError(Exception):
@@ -10,3 +10,8 @@ class InputError(Exception):
 
 class RunError(Exception):
     """A run that started well could not go on. One line; exit status 1."""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether the host's memory or, in XLA's words, a device's has run out."""
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)

@@ -17,7 +17,7 @@ from heal_jax.rollout.generate import Group, generate
 from heal_jax.rollout.sampling import rules
 from heal_jax.run import Run, plain_prompts
 from heal_jax.shapes import evaluate_shape
-from heal_jax.store import EVALUATION, read_table
+from heal_jax.store import EVALUATION
 
 MODELS = ("teacher", "student_base", "rejection_sampling", "heal")
 
@@ -68,7 +68,7 @@ def evaluate_one(run: Run, name: str) -> None:
         tokens: list[int] = []
         owner = number % processes.count()
         make = functools.partial(samples, part, tokens, owner)
-        table, _ = run.directory.shard(f"evaluation/{name}-{number:05d}", make, EVALUATION, owner)
+        table = run.shard("evaluate", f"evaluation/{name}-{number:05d}", make, EVALUATION, owner)
         grades = table.column("grade").to_pylist()
         correct, seen = correct + grades.count("correct"), seen + len(grades)
         run.progress.update(f"evaluate {name}", number + 1, total, f"{correct / seen:.1%} correct", sum(tokens))
@@ -87,7 +87,7 @@ def problem_means(run: Run, name: str) -> np.ndarray:
     """Mean correctness of each held-out problem over its samples: [problems] float64, in the order of `held_out`."""
     found: dict[str, list[bool]] = defaultdict(list)
     for shard in sorted(s for s in run.directory.manifest["shards"] if s.startswith(f"evaluation/{name}-")):
-        for row in read_table(run.root / f"{shard}.parquet").to_pylist():
+        for row in run.directory.read(shard).to_pylist():
             found[row["problem_id"]].append(row["grade"] == "correct")
     return np.array([np.mean(found[p.id]) for p in run.held_out])
 

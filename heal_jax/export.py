@@ -40,9 +40,11 @@ def export(run: Run) -> None:
     with run.work("export"):
         student = trained(run, "heal")
         save(student, run.root / "export")
+        made = [run.root / "export"]
         if spec.rank:
             save_adapters(student, spec, run.root / "adapter")
-    run.directory.finish("export")
+            made.append(run.root / "adapter")
+    run.directory.finish("export", made)
 
 
 def _written_here(path: Path) -> bool:

@@ -1,9 +1,12 @@
 """The stages in order."""
 
-from collections.abc import Callable
+import contextlib
+import shutil
+from collections.abc import Callable, Iterator
 
 from heal_jax.collect import hindsight, repair, sample
-from heal_jax.curriculum import curate, train_students
+from heal_jax.curriculum import STUDENTS, curate, train_students
+from heal_jax.errors import RunError, out_of_memory
 from heal_jax.evaluate import evaluate
 from heal_jax.export import export
 from heal_jax.processes import once
@@ -22,26 +25,85 @@ STAGES: dict[str, Callable[[Run], None]] = {
 }
 
 
+# `curate` takes what is there: a run may be cut short and trained on all the same.
 NEEDS = {
     "hindsight": ("sample",),
     "repair": ("sample",),
-    "curate": ("sample", "hindsight", "repair"),
     "train": ("curate",),
     "evaluate": ("train",),
     "export": ("train",),
 }
 
+# What a stage's memory depends on.
+_ROLLOUTS = "lower sample.batch, set sample.cache_tokens or sample.cache_dtype: int8"
+KNOBS = {
+    "sample": _ROLLOUTS,
+    "hindsight": f"{_ROLLOUTS}, or lower pure.batch",
+    "repair": f"{_ROLLOUTS}, or lower pure.batch",
+    "train": "lower train.batch, set train.remat: true",
+    "evaluate": _ROLLOUTS,
+}
+
 
 def run_stages(run: Run, names: list[str]) -> None:
-    """Do the named stages that are not done yet; summary and report after each, and at the end in any case."""
+    """Do the named stages that are not done yet, and before them those whose files were damaged; summary and report
+    after each, and at the end in any case. A stage whose inputs have changed since it was begun is done again.
+    """
+    names = [name for name in STAGES if name in names or (name in run.again and _before(name, names[-1]))]
     for name in names:
-        if run.directory.done(name) is None:
-            STAGES[name](run)
+        directory = run.directory
+        if directory.outdated(name):
+            _start_over(run, name)
+        if directory.done(name) is None:
+            directory.begin(name)
+            with _memory(name):
+                STAGES[name](run)
             if name != names[-1]:
                 _tell(run)
         else:
             run.progress.say(f"{name:<10} done before")
     _tell(run)
+
+
+def _before(name: str, last: str) -> bool:
+    order = list(STAGES)
+    return order.index(name) < order.index(last)
+
+
+def _start_over(run: Run, name: str) -> None:
+    """Forget what a stage made from other inputs: rollouts are kept under another name, trainings are removed."""
+    run.progress.say(f"{name:<10} is done again: what it is made from has changed")
+    if name in ("hindsight", "repair"):
+        run.directory.forget(name, shards=lambda shard: shard.startswith(f"rollouts/{name}-"))
+    elif name == "evaluate":
+
+        def of_student(shard: str) -> bool:
+            return shard.startswith("evaluation/") and any(f"{student}-" in shard for student in STUDENTS)
+
+        run.directory.forget(name, shards=of_student)
+    else:
+        run.directory.forget(name)
+    if name == "train":
+        run.log("train_anew")
+        for student in STUDENTS:
+            run.directory.manifest.get("work", {}).pop(f"train {student}", None)
+        once(lambda: shutil.rmtree(run.root / "checkpoints", ignore_errors=True))
+
+
+@contextlib.contextmanager
+def _memory(stage: str) -> Iterator[None]:
+    """Say what to change where memory runs out."""
+    try:
+        yield
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        reason = " ".join(str(error).removeprefix("RESOURCE_EXHAUSTED:").split())[:200] or "no more memory"
+        advice = f"{KNOBS[stage]}, or split" if stage in KNOBS else "split"
+        raise RunError(
+            f"{stage}: out of memory ({reason}); {advice} the model over more devices (mesh.fsdp, mesh.tensor), "
+            "in a run with another --out"
+        ) from error
 
 
 def _tell(run: Run) -> None:

@@ -22,6 +22,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from heal_jax import signals
 from heal_jax.errors import InputError, RunError
 
 JOIN_SECONDS = 120  # until all processes are there
@@ -233,7 +234,8 @@ def _end_in_one_line() -> None:
                 file.write(said)
             os.write(sys.stderr.fileno(), f"heal: {reason} (details: {file.name})\n".encode())
         finally:
-            os._exit(1)
+            asked = signals.asked()
+            os._exit(128 + asked if asked else 1)
 
     ctypes.CDLL(None).signal(signal.SIGABRT, aborted)
     _kept.extend([aborted, notices])

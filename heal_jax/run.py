@@ -11,13 +11,16 @@ import os
 import platform
 import re
 import shutil
+import socket
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import jax
+import pyarrow as pa
 from jax.sharding import Mesh
 
 from heal_jax import __version__, processes, trackers
@@ -36,7 +39,7 @@ from heal_jax.problems.grading import Grade, Grader
 from heal_jax.problems.sources import Problem, load
 from heal_jax.progress import Progress
 from heal_jax.shapes import positions
-from heal_jax.store import RunDirectory, folder_sha256, write_text
+from heal_jax.store import ROLLOUTS, RunDirectory, folder_sha256, set_aside, write_text
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "tensorflow-datasets")
 FREE_BYTES = 1 << 30  # what a run may leave behind on a small configuration, with room to spare
@@ -55,6 +58,7 @@ class Run:
     progress: Progress
     mesh: Mesh
     tokenizers: dict[str, Tokenizer]  # of teacher and student, at hand without their weights
+    again: list[str] = dataclasses.field(default_factory=list)  # stages to do again, since something was damaged
 
     @property
     def root(self) -> Path:
@@ -106,6 +110,31 @@ class Run:
         account = self.directory.manifest.setdefault("work", {}).setdefault(stage, {"seconds": 0.0, "tokens": 0})
         account["seconds"] = round(account["seconds"] + time.perf_counter() - start, 3)
         account["tokens"] += sum(tokens or ())
+
+    def shard(
+        self,
+        stage: str,
+        name: str,
+        make: Callable[[], list[dict[str, Any]]],
+        schema: pa.Schema = ROLLOUTS,
+        owner: int = 0,
+    ) -> pa.Table:
+        """`RunDirectory.shard`; says so where an interruption of this stage costs more than checkpoint.seconds."""
+        start = time.monotonic()
+        table, made = self.directory.shard(name, make, schema, owner)
+        took, most = time.monotonic() - start, self.config.checkpoint.seconds
+        if made and took > most and stage not in self._slow:
+            self._slow.add(stage)
+            self.progress.say(
+                f"note: {name} took {took:.0f} s, more than checkpoint.seconds ({most:g}), and an interruption costs a "
+                "shard; in another run, fewer sample.rounds or a smaller sample.batch make them smaller"
+            )
+        return table
+
+    @functools.cached_property
+    def _slow(self) -> set[str]:
+        """Stages of which it was said."""
+        return set()
 
     def grade(self, items: Sequence[tuple[Problem, str, str]], owner: int) -> list[Grade]:
         """Grades of (problem, text, finish), decided by process `owner`: a deadline may fall differently elsewhere."""
@@ -164,7 +193,7 @@ def open_run(
         "models": {
             name: {
                 "path": str(folder),
-                "sha256": processes.once(functools.partial(folder_sha256, folder)),
+                **dict(zip(("sha256", "files"), processes.once(functools.partial(folder_sha256, folder)))),
                 "vocab_size": decoder_config(folder).vocab_size,
             }
             for name, folder in folders.items()
@@ -178,13 +207,14 @@ def open_run(
         def enter() -> Any:
             if "problems" not in directory.manifest and config.grade.unreadable == "refuse":
                 _readable(grader, [*problems, *held_out])
-            stack.enter_context(_lock(out))
-            inside = _reopen(config, out, facts, needs)  # again: another process may have worked in it until now
+            stack.enter_context(_lock(out, command, progress))
+            # Again: another process may have worked in it until now.
+            inside = _reopen(config, out, facts, needs, progress.say)
             _enter(inside, config, mesh, facts, command, progress)
             write_text(out / hygiene.FILE, hygiene.to_json_lines(removed))
-            return inside.manifest
+            return inside.manifest, inside.verify(progress.say)
 
-        directory.manifest = processes.once(enter)
+        directory.manifest, again = processes.once(enter)
         lock = out / ".lock"
         processes.alike("give an --out on a file system that all share", out=lock.read_text() if lock.is_file() else "")
         for size in undivided(mesh.shape, split):
@@ -192,7 +222,7 @@ def open_run(
         figures = hygiene.counts(loaded, removed)
         if removed:
             progress.say(f"hygiene    {hygiene.described(figures)}: see {out / hygiene.FILE}")
-        yield Run(config, directory, problems, held_out, figures, grader, progress, mesh, tokenizers)
+        yield Run(config, directory, problems, held_out, figures, grader, progress, mesh, tokenizers, again)
 
 
 def _enter(
@@ -200,8 +230,11 @@ def _enter(
 ) -> None:
     """Write the config of a new directory, and under what circumstances it is worked in."""
     out = directory.root
-    if not (out / "config.yaml").is_file():
-        write_text(out / "config.yaml", dump(config))
+    path, text = out / "config.yaml", dump(config)
+    if path.is_file() and directory.manifest.get("config") == _hash(text) and not _holds(path, text):
+        progress.say(f"note: {path}: damaged; set aside as {set_aside(path, '.damaged').name} and written again")
+    if not path.is_file():
+        write_text(path, text)
     circumstances = {
         "heal_jax": __version__,
         "versions": _versions(),
@@ -214,11 +247,15 @@ def _enter(
     begun = {name: directory.manifest[name] for name in circumstances if name in directory.manifest}
     if not begun:
         seeds = {"run": config.seed, "problems": config.problems.seed, "evaluate": config.evaluate.problems.seed}
-        directory.update(**circumstances, seeds=seeds, command=command, **facts)
+        directory.update(**circumstances, seeds=seeds, command=command, config=_hash(text), **facts)
     elif begun != circumstances:
         changed = [name for name in circumstances if begun.get(name) != circumstances[name]]
         progress.say(f"note: {', '.join(changed)} differ from when {out} was begun; the bytes may, too")
         directory.update(also=[*directory.manifest.get("also", []), circumstances])
+
+
+def _holds(path: Path, text: str) -> bool:
+    return path.read_bytes() == text.encode(errors="replace")
 
 
 def _versions() -> dict[str, str]:
@@ -308,13 +345,20 @@ def hint_text(config: Config, problem: Problem) -> str:
     return config.gear.hint.replace("{answer}", problem.answer)
 
 
-def _reopen(config: Config, out: Path, facts: dict[str, Any], needs: Sequence[str]) -> RunDirectory:
+def _reopen(
+    config: Config,
+    out: Path,
+    facts: dict[str, Any],
+    needs: Sequence[str],
+    say: Callable[[str], None] = lambda line: None,
+) -> RunDirectory:
     """The directory as it is. Raises InputError where it was made with another config, other models or other problems,
     or where a stage has not finished.
     """
-    directory = RunDirectory(out)
+    directory = RunDirectory(out, say)
     path = out / "config.yaml"
-    if path.is_file():
+    # The manifest knows the config, too: then config.yaml may be damaged.
+    if path.is_file() and directory.manifest.get("config") != _hash(dump(config)):
         try:
             old = flatten(to_dict(load_config(path)))
         except InputError as error:
@@ -331,8 +375,16 @@ def _reopen(config: Config, out: Path, facts: dict[str, Any], needs: Sequence[st
     if "problems" in before and before["problems"] != facts["problems"]:
         raise InputError(f"{out}: its problems have changed since it was begun; use another --out")
     for name, model in before.get("models", {}).items():
-        if model["sha256"] != facts["models"][name]["sha256"]:
-            raise InputError(f"{out}: its {name} has changed since it was begun; use another --out")
+        if model["sha256"] != (now := facts["models"][name])["sha256"]:
+            was, is_now = model.get("files", {}), now["files"]
+            differ = "; ".join(
+                f"{file}: {was.get(file, '(absent)')[:12]} -> {is_now.get(file, '(absent)')[:12]}"
+                for file in sorted({*was, *is_now})
+                if was.get(file) != is_now.get(file)
+            )
+            raise InputError(
+                f"{out}: its {name} ({now['path']}) has changed since it was begun ({differ}); use another --out"
+            )
     for stage in needs:
         if directory.done(stage) is None:
             raise InputError(f"{out}: stage {stage} has not finished; run `heal {stage}` or `heal run` first")
@@ -340,18 +392,41 @@ def _reopen(config: Config, out: Path, facts: dict[str, Any], needs: Sequence[st
 
 
 @contextlib.contextmanager
-def _lock(out: Path) -> Iterator[None]:
-    """Make the directory; one run works in it. Raises RunError where another one does. The file then says who."""
+def _lock(out: Path, command: str, progress: Progress) -> Iterator[None]:
+    """Make the directory; one run works in it. Raises RunError where another one does, which the lock file tells of.
+
+    The lock is the kernel's (flock) and ends with the process that holds it, however that ends; the file stays.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    with open(out / ".lock", "a") as file:
+    with open(out / ".lock", "a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RunError(f"{out}: another process is working in it; wait for it or use another --out") from None
+            raise RunError(
+                f"{out}: another process is working in it{_holder(file)}; wait for it or use another --out"
+            ) from None
         except OSError as error:
             raise RunError(f"{out}: its file system has no locks ({error.strerror}); use another --out") from None
+        if before := _holder(file):
+            progress.say(f"note: the last process in {out}{before} did not come to its end; going on after it")
+        now = datetime.now(UTC).isoformat(sep=" ", timespec="seconds")
+        holder = {"pid": os.getpid(), "host": socket.gethostname(), "command": command, "since": now}
         file.truncate(0)
-        file.write(uuid.uuid4().hex)
+        file.write(json.dumps({"id": uuid.uuid4().hex, **holder}))
         file.flush()
         os.fsync(file.fileno())
-        yield
+        try:
+            yield
+        finally:
+            file.truncate(0)
+
+
+def _holder(file: TextIO) -> str:
+    """Who wrote the lock file, in parentheses; nothing where it is empty."""
+    file.seek(0)
+    try:
+        holder = json.loads(file.read())
+        who = [f"process {holder['pid']} on {holder['host']}", holder["command"], f"since {holder['since']}"]
+    except (ValueError, TypeError, KeyError):
+        return ""
+    return f" ({', '.join(part for part in who if part)})"

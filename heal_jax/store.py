@@ -1,13 +1,16 @@
 """The run directory on disk: atomic files, the manifest, rollout shards (DESIGN sections 5 and 6).
 
 A shard counts once it lies under its final name and the manifest holds its checksum; what an interruption leaves
-behind is a temporary file that the next run overwrites.
+behind is a temporary file that the next run overwrites. What is damaged later is found by its checksum, set aside and
+made again.
 """
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,18 +67,32 @@ EVALUATION = pa.schema(
 )
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """`write` a temporary sibling, flush it to disk, rename it: the path holds all of it or what it held before."""
+def write_atomically(path: Path, write: Callable[[Path], object], owner: str = "") -> None:
+    """`write` a temporary sibling, flush it to disk, rename it: the path holds all of it or what it held before.
+
+    owner: names the temporary file where several processes may write the same path at a time.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
+    temporary = path.with_name(f".{path.name}{owner}.partial")
     write(temporary)
     with open(temporary, "rb") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)
+    sync_folder(path.parent)
 
 
-def write_text(path: Path, text: str) -> None:
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8", errors="replace"))
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's names to disk, where the file system can: a rename then outlasts a loss of power."""
+    with contextlib.suppress(OSError):
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
+
+
+def write_text(path: Path, text: str, owner: str = "") -> None:
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8", errors="replace"), owner)
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -105,69 +122,165 @@ def read_table(path: Path) -> pa.Table:
         raise InputError(f"{path}: damaged or missing ({reason}); delete it and run again to make it anew") from None
 
 
-def file_sha256(path: Path) -> str:
+def file_sha256(path: Path, sync: bool = False) -> str:
+    """sync: also flush the file to disk, where whoever wrote it did not."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
+        if sync:
+            os.fsync(file.fileno())
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
 
 
-def folder_sha256(folder: Path) -> str:
-    """One hash of the names and contents of a folder's files (not of its subfolders)."""
-    digest = hashlib.sha256()
-    for path in sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")):
-        digest.update(f"{path.name}\0{file_sha256(path)}\n".encode())
-    return digest.hexdigest()
+def folder_sha256(folder: Path) -> tuple[str, dict[str, str]]:
+    """One hash of the names and contents of a folder's files (not of its subfolders), and the hash of each file."""
+    files = {p.name: file_sha256(p) for p in sorted(folder.iterdir()) if p.is_file() and not p.name.startswith(".")}
+    lines = "".join(f"{name}\0{digest}\n" for name, digest in files.items())
+    return hashlib.sha256(lines.encode()).hexdigest(), files
+
+
+def set_aside(path: Path, suffix: str) -> Path:
+    """Rename a file or folder, so that a new one can take its place; an older one of that name goes."""
+    aside = path.with_name(path.name + suffix)
+    if aside.is_dir():
+        shutil.rmtree(aside)
+    os.replace(path, aside)
+    return aside
+
+
+def _maker(shard: str) -> str:
+    """The stage that makes the shards of this name."""
+    kind = shard.partition("/")[2].partition("-")[0]
+    return {"base": "sample"}.get(kind, kind) if shard.startswith("rollouts/") else "evaluate"
 
 
 class RunDirectory:
     """A run directory and its manifest.
 
-    Stages are marked done with what they found; shards are listed with their checksums. Every change is on disk
-    before the call returns. Of several processes each keeps the manifest in mind and the first one writes it.
+    Stages are marked done with what they found; shards and other files are listed with their checksums. Every change is
+    on disk before the call returns, in manifest.json and then in its copy, manifest.json.backup, which is read where
+    the first is damaged. Of several processes each keeps the manifest in mind and the first one writes it.
+
+    Raises InputError where neither file holds a whole manifest. `say` gets a line where only one does.
     """
 
-    def __init__(self, root: Path):
+    def __init__(self, root: Path, say: Callable[[str], None] = lambda line: None):
         self.root = root
         self.manifest: dict[str, Any] = {"stages": {}, "shards": {}}
-        if self._path.is_file():
-            self.manifest = read_json(self._path)
-            if not isinstance(self.manifest, dict) or not {"stages", "shards"} <= set(self.manifest):
-                raise InputError(f"{self._path}: not a manifest of heal_jax; use another --out")
+        if self._path.is_file() or self._backup.is_file():
+            try:
+                self.manifest = _read_manifest(self._path)
+            except InputError as error:
+                with contextlib.suppress(InputError):
+                    self.manifest = _read_manifest(self._backup)
+                    say(f"note: {error}; going on from {self._backup.name}")
+                    return
+                raise InputError(
+                    f"{error}, and so is {self._backup.name}; use another --out, or remove both to make all of it anew"
+                ) from None
 
     @property
     def _path(self) -> Path:
         return self.root / "manifest.json"
 
+    @property
+    def _backup(self) -> Path:
+        return self.root / "manifest.json.backup"
+
     def update(self, **entries: Any) -> None:
         self.manifest |= entries
         if primary():
-            write_json(self._path, self.manifest)
+            text = json.dumps(self.manifest, ensure_ascii=False).encode(errors="replace")
+            for path in (self._path, self._backup):
+                write_json(path, {**self.manifest, "sha256": _digest(json.loads(text))})
+
+    def inputs(self, stage: str) -> dict[str, str]:
+        """Digests of what a stage is made from: rollouts by their shards, training by the curriculum's examples."""
+
+        def rollouts(*kinds: str) -> dict[str, str]:
+            shards = sorted(self.manifest["shards"].items())
+            return {kind: _digest([s for s in shards if s[0].startswith(f"rollouts/{kind}-")]) for kind in kinds}
+
+        if stage in ("hindsight", "repair"):
+            return rollouts("base")
+        if stage == "curate":
+            return rollouts("base", "hindsight", "repair")
+        if stage in ("train", "evaluate", "export"):
+            return {"curriculum": self.manifest["stages"].get("curate", {}).get("curriculum", "")}
+        return {}
+
+    def outdated(self, stage: str) -> bool:
+        """Whether the stage was begun with other inputs than those that are there now."""
+        return self.manifest.get("inputs", {}).get(stage, self.inputs(stage)) != self.inputs(stage)
+
+    def begin(self, stage: str) -> None:
+        """Record what the stage is made from, before it makes anything."""
+        self.manifest.setdefault("inputs", {})[stage] = self.inputs(stage)
+        self.update()
 
     def done(self, stage: str) -> dict[str, Any] | None:
-        """What a finished stage recorded, or None."""
-        return self.manifest["stages"].get(stage)
+        """What a finished stage recorded; None where it has not finished, or its inputs have changed since."""
+        return None if self.outdated(stage) else self.manifest["stages"].get(stage)
 
-    def finish(self, stage: str, **record: Any) -> None:
+    def finish(self, stage: str, files: Sequence[Path] = (), **record: Any) -> None:
+        """Mark a stage done. files: what it wrote besides shards, files or folders, whose checksums are kept."""
+
+        def sums() -> dict[str, str]:
+            found = [p for path in files for p in (sorted(path.rglob("*")) if path.is_dir() else [path]) if p.is_file()]
+            return {str(path.relative_to(self.root)): file_sha256(path) for path in found}
+
+        self.manifest.setdefault("files", {})[stage] = once(sums) if files else {}
         self.manifest["stages"][stage] = record
         self.update()
+
+    def forget(self, *stages: str, shards: Callable[[str], bool] = lambda name: False) -> None:
+        """Count stages as not done and these shards as not there; their files are renamed NAME.outdated."""
+        for name in filter(shards, list(self.manifest["shards"])):
+            del self.manifest["shards"][name]
+            path = self.root / f"{name}.parquet"
+            if primary() and path.is_file():
+                set_aside(path, ".outdated")
+        for stage in stages:
+            self.manifest["stages"].pop(stage, None)
+            self.manifest.get("files", {}).pop(stage, None)
+        self.update()
+
+    def verify(self, say: Callable[[str], None]) -> list[str]:
+        """Compare every file with its checksum; a damaged shard is renamed NAME.damaged, and the stage that made a
+        damaged or missing file is no longer done. These stages; `say` gets a line for each file.
+        """
+        again: list[str] = []
+
+        def wrong(path: Path, recorded: str) -> str:
+            return "missing" if not path.is_file() else "" if file_sha256(path) == recorded else "damaged"
+
+        for name, recorded in list(self.manifest["shards"].items()):
+            path = self.root / f"{name}.parquet"
+            if found := wrong(path, recorded):
+                aside = f"; set aside as {set_aside(path, '.damaged').name}" if found == "damaged" else ""
+                say(f"note: {path}: {found}{aside}; it is made again")
+                del self.manifest["shards"][name]
+                again.append(_maker(name))
+        for stage, files in self.manifest.get("files", {}).items():
+            for file, recorded in files.items():
+                if found := wrong(self.root / file, recorded):
+                    say(f"note: {self.root / file}: {found}; stage {stage} is done again")
+                    again.append(stage)
+        again = [stage for stage in dict.fromkeys(again) if stage in self.manifest["stages"]]
+        self.forget(*again)
+        return again
 
     def shard(
         self, name: str, make: Callable[[], list[dict[str, Any]]], schema: pa.Schema = ROLLOUTS, owner: int = 0
     ) -> tuple[pa.Table, bool]:
         """The table of a shard, made only where it is not there yet; and whether it was made now.
 
-        All processes make it, process `owner` writes it. Raises InputError where the file is there but is not what was
-        written.
+        All processes make it, process `owner` writes it. Raises InputError as `read` does.
         """
-        path = self.root / f"{name}.parquet"
-        recorded = self.manifest["shards"].get(name)
-        if once(lambda: recorded is not None and path.is_file()):
-            if file_sha256(path) != recorded:
-                raise InputError(f"{path}: changed or damaged since it was written; delete it and run again")
-            return read_table(path), False
-        rows = make()
+        if name in self.manifest["shards"]:
+            return self.read(name), False
+        path, rows = self.root / f"{name}.parquet", make()
 
         def write() -> str:
             write_table(path, rows, schema)
@@ -175,11 +288,34 @@ class RunDirectory:
 
         self.manifest["shards"][name] = once(write, by=owner)
         self.update()
-        return read_table(path), True
+        return self.read(name), True
+
+    def read(self, name: str) -> pa.Table:
+        """A shard that is there. Raises InputError where its file is not what was written."""
+        path = self.root / f"{name}.parquet"
+        if not path.is_file() or file_sha256(path) != self.manifest["shards"][name]:
+            raise InputError(f"{path}: changed, damaged or gone since it was written; run again to make it anew")
+        return read_table(path)
 
     def rollouts(self, kind: str | None = None) -> pa.Table:
         """All finished rollout shards, of one kind or of all, in order."""
         prefixes = [kind] if kind else ["base", "hindsight", "repair"]
         names = [n for p in prefixes for n in sorted(self.manifest["shards"]) if n.startswith(f"rollouts/{p}-")]
-        tables = [read_table(self.root / f"{name}.parquet") for name in names]
+        tables = [self.read(name) for name in names]
         return pa.concat_tables(tables) if tables else ROLLOUTS.empty_table()
+
+
+def _digest(data: Any) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """Raises InputError where it is not what was written."""
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        whole = manifest.pop("sha256") == _digest(manifest) and {"stages", "shards"} <= set(manifest)
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError):
+        whole = False
+    if not whole:
+        raise InputError(f"{path}: damaged (not what was written)")
+    return manifest

@@ -10,7 +10,8 @@ from heal_jax.store import read_json, write_json
 
 def summarise(run: Run) -> dict[str, Any]:
     """What the finished stages found; figures of stages that have not run are absent."""
-    stages, manifest = run.directory.manifest["stages"], run.directory.manifest
+    manifest = run.directory.manifest
+    stages = {name: record for name in manifest["stages"] if (record := run.directory.done(name)) is not None}
     summary: dict[str, Any] = {"problems": len(run.problems), "hygiene": run.hygiene}
     if "sample" in stages:
         strata = list(stages["sample"]["strata"].values())

@@ -63,3 +63,14 @@ def on_eight(tmp_path_factory):
     from compare import EIGHT, finished
 
     return finished(tmp_path_factory.mktemp("eight") / "out", **EIGHT)
+
+
+def refused(capsys, *arguments: object, status: int = 2) -> str:
+    """The one line that a refused command prints."""
+    from heal_jax.cli import run
+
+    capsys.readouterr()
+    assert run([str(a) for a in arguments]) == status
+    said = capsys.readouterr().err.strip()
+    assert said.startswith("heal: ") and "\n" not in said
+    return said

@@ -171,7 +171,7 @@ def children(pid: int) -> list[int]:
 
 
 SPLIT = """
-import sys
+import shutil, sys
 from pathlib import Path
 import numpy as np
 from heal_jax import processes
@@ -190,17 +190,26 @@ with processes.job():
     assert sum(s.data.size for s in kernel.addressable_shards) == kernel.size // processes.count()
     save(lm, out / "untouched")
     examples = [Example(f"e{i}", "p", "base", tuple(range(i + 3, i + 40)), 8) for i in range(8)]
-    settings = TrainSpec(steps=6, batch=8)
+    phases = [Phase("first", examples, 3), Phase("second", examples, 3)]
+
+    def trained(name):
+        done = train(lm.model, phases, TrainSpec(steps=6, batch=8), length=64, pad_id=0, seed=0, folder=out / name,
+                     checkpoint_seconds=1e9, mesh=mesh, log=lambda metrics: None)
+        return lm.with_params(done.model)
+
     for _ in range(2):  # the second time from its checkpoint
-        model = train(lm.model, [Phase("all", examples, 6)], settings, length=64, pad_id=0, seed=0,
-                      folder=out / "checkpoints", checkpoint_seconds=1e9, mesh=mesh, log=lambda metrics: None)
-        save(lm.with_params(model), out / "trained")
+        save(trained("checkpoints"), out / "trained")
+    if processes.count() == 2:  # from the middle of what one process trained
+        processes.once(lambda: shutil.copytree(out.parent / "1" / "checkpoints" / "3", out / "moved" / "3") and None)
+        save(trained("moved"), out / "resumed")
 processes.leave(0)
 """
 
 
 def test_weights_split_over_processes(tmp_path):
-    """Load, train, checkpoint, restore and export with no process holding a whole matrix."""
+    """Load, train, checkpoint, restore and export with no process holding a whole matrix; two go on from the
+    checkpoint of one.
+    """
     found = {}
     for count in (1, 2):
         out = tmp_path / str(count)
@@ -210,6 +219,7 @@ def test_weights_split_over_processes(tmp_path):
             assert process.returncode == 0, said
         found[count] = [load_file(out / name / "model.safetensors") for name in ("untouched", "trained")]
     source = load_file(model_folder("teacher") / "model.safetensors")
+    found["resumed"] = [found[2][0], load_file(out / "resumed" / "model.safetensors")]
     for untouched, trained in found.values():
         assert set(untouched) == set(trained) == set(source)
         for name, weight in source.items():
@@ -340,6 +350,37 @@ def test_a_checkpoint_that_one_process_cannot_write_ends_all(tmp_path):
     said = [process.communicate(timeout=PATIENCE)[1] for process in running]  # Orbax logs at length, too
     assert [process.returncode for process in running] == [1, 1], said
     assert all("\nheal: " in text for text in said) and "a checkpoint cannot be written" in said[1], said
+
+
+PREEMPTED = """
+def do(me):
+    from pathlib import Path
+    from heal_jax.config import ModelSpec, TrainSpec
+    from heal_jax.model.lm import open_model
+    from heal_jax.model.mesh import make_mesh
+    from heal_jax.train import loop
+    from heal_jax.train.data import Example
+    mesh = make_mesh({"fsdp": 4, "tensor": 2})
+    lm = open_model(ModelSpec("builtin:teacher"), mesh)
+    examples = [Example(f"e{i}", "p", "base", tuple(range(i + 3, i + 40)), 8) for i in range(8)]
+    loop.train(lm.model, [loop.Phase("all", examples, 10**6)], TrainSpec(steps=10**6, batch=8, log_every=1), length=64,
+               pad_id=0, seed=0, folder=Path(sys.argv[1]), checkpoint_seconds=1e9, mesh=mesh,
+               log=lambda metrics: print("step", flush=True))
+cli.main()
+"""
+
+
+def test_processes_that_are_told_to_end_save_together(tmp_path):
+    """SIGTERM to all, as before a machine is taken away: a whole checkpoint, and status 143 of each."""
+    running = start(2, free_address(), [sys.executable, "-c", AS_HEAL + PREEMPTED, str(tmp_path / "checkpoints")])
+    for process in running:
+        assert process.stdout.readline() == "step\n"
+    for process in running:
+        process.send_signal(signal.SIGTERM)
+    said = [process.communicate(timeout=PATIENCE)[1] for process in running]
+    assert [process.returncode for process in running] == [143, 143], said
+    assert all(text.strip().splitlines()[-1].startswith("heal: terminated") for text in said), said
+    assert [path.name for path in (tmp_path / "checkpoints").glob("*/sha256.json")] == ["sha256.json"]
 
 
 APART = """

@@ -3,8 +3,6 @@
 import json
 import pickle
 import shutil
-import signal
-import time
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +11,9 @@ import pytest
 import torch
 import transformers
 import yaml
-from conftest import TINY, start
+from conftest import TINY, refused, start
 
+from heal_jax.bench.faults import content
 from heal_jax.cli import run as heal
 from heal_jax.config import Config, ModelSpec, dump
 from heal_jax.model.lm import open_model, resolve
@@ -23,24 +22,6 @@ from heal_jax.rollout.sampling import Greedy
 from heal_jax.shapes import at_once
 from heal_jax.store import RunDirectory
 from heal_jax.train.data import read_stage
-
-
-def content(out: Path) -> dict:
-    """What DESIGN calls the same bytes: tables, curriculum, weights, the summary without times."""
-    tables = {
-        str(path.relative_to(out)): pq.read_table(path).to_pylist()
-        for path in sorted([*out.glob("*.parquet"), *out.glob("rollouts/*.parquet"), *out.glob("evaluation/*.parquet")])
-    }
-    stages = {folder.name: read_stage(folder) for folder in sorted(out.glob("curriculum/stage*"))}
-    summary = json.loads((out / "summary.json").read_text())
-    for name in ("seconds", "throughput"):
-        del summary[name]
-    return {
-        "tables": json.dumps(tables, sort_keys=True),
-        "stages": stages,
-        "summary": summary,
-        "weights": (out / "export" / "model.safetensors").read_bytes(),
-    }
 
 
 def test_files_and_figures_agree(tiny):
@@ -113,32 +94,6 @@ def test_hints_are_in_no_training_text(tiny):
             )
 
 
-def test_killed_anywhere_and_resumed_gives_the_same_bytes(tiny, tmp_path):
-    out = tmp_path / "killed"
-    written: dict[Path, int] = {}
-    # Kill when this many shards are listed: in sampling, in repair, in training or evaluation.
-    for shards in (1, 5, 7):
-        process = start("run", TINY, "--out", out)
-        while process.poll() is None:
-            path = out / "manifest.json"
-            if path.is_file() and len(json.loads(path.read_text())["shards"]) >= shards:
-                break
-            time.sleep(0.05)
-        assert process.poll() is None, "it ended before it could be killed"
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        listed = json.loads((out / "manifest.json").read_text())["shards"]
-        for name in listed:
-            path = out / f"{name}.parquet"
-            # No finished shard is made again.
-            assert written.setdefault(path, path.stat().st_mtime_ns) == path.stat().st_mtime_ns
-    process = start("run", TINY, "--out", out)
-    _, stderr = process.communicate()
-    assert process.returncode == 0, stderr
-    assert all(path.stat().st_mtime_ns == at for path, at in written.items())
-    assert content(out) == content(tiny[0])
-
-
 def test_a_finished_run_is_left_alone(tiny):
     out, *_ = tiny
     before = content(out)
@@ -150,34 +105,9 @@ def test_a_finished_run_is_left_alone(tiny):
     assert content(out) == before
 
 
-def refused(capsys, *arguments: object, status: int = 2) -> str:
-    """The one line that a refused command prints."""
-    assert heal([str(a) for a in arguments]) == status
-    said = capsys.readouterr().err.strip()
-    assert said.startswith("heal: ") and "\n" not in said
-    return said
-
-
 def test_a_changed_config_is_refused_with_a_diff(tiny, capsys):
     said = refused(capsys, "run", TINY, "--out", tiny[0], "--sample.n", "16", "--gear.window", "0.5")
     assert "sample.n: 8 -> 16" in said and "gear.window: 0.33" in said and "another --out" in said
-
-
-def test_damage_is_named(tiny, tmp_path, capsys):
-    out = tmp_path / "damaged"
-    shutil.copytree(tiny[0], out)
-    manifest = json.loads((out / "manifest.json").read_text())
-    for stage in ("sample", "hindsight", "repair", "curate", "train", "evaluate", "export"):
-        manifest["stages"].pop(stage)
-    (out / "manifest.json").write_text(json.dumps(manifest))
-    shard = out / "rollouts" / "base-00001.parquet"
-    shard.write_bytes(shard.read_bytes()[:-10])
-    assert "base-00001.parquet" in refused(capsys, "sample", TINY, "--out", out, "--quiet")
-    (out / "manifest.json").write_text('{"stages":')
-    assert "manifest.json" in refused(capsys, "sample", TINY, "--out", out)
-    (out / "config.yaml").write_text("a: [")
-    (out / "manifest.json").unlink()
-    assert "config.yaml" in refused(capsys, "sample", TINY, "--out", out)
 
 
 @pytest.mark.parametrize(

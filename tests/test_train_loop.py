@@ -433,15 +433,33 @@ def test_checkpoints_of_another_training_are_refused(
         run(folder, phases=changed)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax leaves its other reads behind
-def test_a_damaged_checkpoint_is_said(tmp_path: Path, uninterrupted: tuple[Path, Model, list[dict[str, Any]]]) -> None:
-    shutil.copytree(uninterrupted[0], tmp_path / "checkpoints")
-    (tmp_path / "checkpoints" / "22" / "state" / "manifest.ocdbt").unlink()
-    with pytest.raises(RunError, match="22: damaged .*; remove it to go on from the one before") as error:
-        run(tmp_path / "checkpoints")
-    assert "\n" not in str(error.value)
-    shutil.rmtree(tmp_path / "checkpoints" / "22")
-    assert same_bits(run(tmp_path / "checkpoints"), uninterrupted[1])
+@pytest.mark.parametrize("how", ["a file is gone", "a bit is flipped", "the checksums are torn"])
+def test_damaged_checkpoints_are_set_aside(
+    tmp_path: Path, uninterrupted: tuple[Path, Model, list[dict[str, Any]]], how: str
+) -> None:
+    """Training goes on from the one before, then, with none whole, anew; both are named, the weights are the same."""
+    folder, said = tmp_path / "checkpoints", list[str]()
+    shutil.copytree(uninterrupted[0], folder)
+
+    def damage(step: str) -> None:
+        if how == "a file is gone":
+            (folder / step / "state" / "manifest.ocdbt").unlink()
+        elif how == "a bit is flipped":
+            largest = max(folder.glob(f"{step}/state/**/*"), key=lambda path: path.stat().st_size)
+            data = bytearray(largest.read_bytes())
+            data[len(data) // 2] ^= 1
+            largest.write_bytes(data)
+        else:
+            (folder / step / "sha256.json").write_text('{"state')
+
+    damage("22")
+    assert same_bits(run(folder, say=said.append), uninterrupted[1])
+    assert len(said) == 1 and "22.damaged" in said[0] and said[0].endswith(f"goes on from {folder / '9'}")
+    assert sorted(path.name for path in folder.iterdir()) == ["22", "22.damaged", "9"]
+    for step in ("9", "22"):
+        damage(step)
+    assert same_bits(run(folder, say=said.append), uninterrupted[1])
+    assert len(said) == 3 and all("set aside" in line and line.endswith("starts anew") for line in said[1:])
 
 
 # What must be loud

@@ -104,12 +104,15 @@ def load(root: Path) -> RunData:
 
 
 def _training(path: Path) -> list[dict[str, Any]]:
-    """The train events. An interrupted run leaves a torn line, and repeats steps when it goes on: the last counts."""
+    """The train events. An interrupted run leaves a torn line, and repeats steps when it goes on: the last counts. What
+    lies before train_anew is of another curriculum."""
     steps: dict[tuple[str, int], dict[str, Any]] = {}
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             event = json.loads(line)
-            if event["event"] == "train":
+            if event["event"] == "train_anew":
+                steps.clear()
+            elif event["event"] == "train":
                 steps[event["model"], int(event["step"])] = event
         except (ValueError, TypeError, KeyError):
             continue

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import os
 import string
 from collections.abc import Iterable, Mapping
 from importlib import resources
@@ -43,7 +44,7 @@ def write_report(root: Path) -> Path:
         draw=scripts[1],
     )
     path = root / "report.html"
-    store.write_text(path, text)
+    store.write_text(path, text, f".{os.getpid()}")  # heal report may write it while heal run does
     return path
 
 

@@ -1,20 +1,29 @@
-"""Checkpoints of a training, by Orbax: kept, found whole or damaged, gone on from."""
+"""Checkpoints of a training, by Orbax: kept, checksummed, found whole or damaged, gone on from.
+
+A checkpoint counts once its folder holds SUMS, the checksums of its files, which is written after Orbax's own commit.
+"""
 
 import contextlib
 import dataclasses
+import json
 import shutil
+import threading
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from heal_jax.errors import RunError
-from heal_jax.processes import count
+from heal_jax.errors import RunError, out_of_memory
+from heal_jax.processes import count, primary
+from heal_jax.store import file_sha256, set_aside, write_json
 
 KEEP = 2  # checkpoints: the latest, and the one before in case the latest is damaged
 WRITE_SECONDS = 600  # for a checkpoint; longer, and the training ends with an error
+SUMS = "sha256.json"  # file -> checksum
+_COMMITTED = "commit_success.txt"  # Orbax's
 
 
 @dataclasses.dataclass
@@ -29,25 +38,65 @@ class Progress:
     skipped: int = 0
 
 
+class Checkpoints:
+    """Orbax's checkpointer of a folder. Checksums are computed in a thread, as the files are written."""
+
+    def __init__(self, orbax: ocp.training.Checkpointer, folder: Path):
+        self.orbax, self.folder = orbax, folder
+        self._pool = ThreadPoolExecutor(1, "checksums")
+        self._sums: Future[None] | None = None
+        self._given_up = threading.Event()
+
+    def save(self, step: int, state: dict[str, Any], metadata: dict[str, Any]) -> None:
+        """Begin to write a checkpoint, when the one before is whole. Raises RunError where that cannot be written."""
+        self.wait()
+        with _writing(self.folder):
+            self.orbax.save_async(step, state, force=True, custom_metadata=metadata)
+        if primary():
+            self._sums = self._pool.submit(self._checksum, self.folder / str(step))
+
+    def wait(self) -> None:
+        """Until the last checkpoint is whole. Raises RunError where it cannot be written."""
+        with _writing(self.folder):
+            self.orbax.wait()
+            if self._sums is not None:
+                self._sums.result()
+
+    def close(self) -> None:
+        try:
+            self.orbax.close()
+        finally:
+            self._given_up.set()
+            self._pool.shutdown()
+
+    def _checksum(self, step: Path) -> None:
+        """Wait for Orbax's commit, a rename of the whole folder, and write the checksums."""
+        while not (step / _COMMITTED).is_file():
+            if self._given_up.wait(0.05) and not (step / _COMMITTED).is_file():
+                return
+        files = sorted(path for path in step.rglob("*") if path.is_file())
+        write_json(step / SUMS, {str(path.relative_to(step)): file_sha256(path, sync=True) for path in files})
+
+
 @contextlib.contextmanager
-def opened(folder: Path) -> Iterator[ocp.training.Checkpointer]:
-    """Orbax's, closed at the end; after an error of one of several processes it is not, since that waits for all."""
+def opened(folder: Path) -> Iterator[Checkpoints]:
+    """Closed at the end; after an error of one of several processes it is not, since that waits for all."""
     policy = ocp.training.preservation_policies.LatestN(KEEP)
     context = ocp.Context()
     context.asynchronous.timeout_secs = WRITE_SECONDS
     with context:
-        checkpointer = ocp.training.Checkpointer(folder, preservation_policy=policy)
+        checkpoints = Checkpoints(ocp.training.Checkpointer(folder, preservation_policy=policy), folder)
         try:
-            yield checkpointer
+            yield checkpoints
         except BaseException:
             if count() == 1:
-                checkpointer.close()
+                checkpoints.close()
             raise
-        checkpointer.close()
+        checkpoints.close()
 
 
 @contextlib.contextmanager
-def writing(folder: Path) -> Iterator[None]:
+def _writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
@@ -67,8 +116,10 @@ def require_room(folder: Path, state: dict[str, Any]) -> None:
 def restore(
     checkpointer: ocp.training.Checkpointer, target: dict[str, Any], identity: dict[str, Any]
 ) -> tuple[dict[str, Any], Progress, Any]:
-    """The latest checkpoint, placed as in `target`, and the state of the data where it lies within a phase. Raises
-    RunError where it is damaged or another training's."""
+    """The latest checkpoint, placed as in `target`, and the state of the data where it lies within a phase.
+
+    Raises RunError where it cannot be read, and where it is another training's.
+    """
     latest = checkpointer.latest
     try:
         metadata = checkpointer.metadata(latest).custom_metadata
@@ -77,8 +128,10 @@ def restore(
         differing = [name for name in identity if training.get(name) != identity[name]]
         state = None if differing else checkpointer.load(latest, target)
     except Exception as error:
+        if out_of_memory(error):
+            raise
         reason = " ".join(str(error).split())[:300]
-        raise RunError(f"{latest.path}: damaged ({reason}); remove it to go on from the one before") from error
+        raise RunError(f"{latest.path}: cannot be read ({reason}); remove it to go on from the one before") from error
     if state is None:
         raise RunError(
             f"{latest.path}: of another training, with different {' and '.join(differing)}; "
@@ -87,8 +140,37 @@ def restore(
     return state, progress, data
 
 
-def remove_torn(folder: Path) -> None:
-    """Remove steps without Orbax's commit file: a save or a copy was cut short, yet Orbax may list it as whole."""
-    for step in folder.glob("[0-9]*"):
-        if not (step / "commit_success.txt").is_file():
+def keep_whole(folder: Path) -> list[str]:
+    """Leave a folder with a whole checkpoint as its latest, or with none, for one process to call. Lines to say.
+
+    What Orbax was writing is removed, and so are steps without its commit file or without checksums: a save or a copy
+    was cut short, yet Orbax may list it as whole. Those with other checksums are damaged: they are renamed
+    STEP.damaged.
+    """
+    lines: list[str] = []
+    for path in folder.glob("*.orbax-checkpoint-tmp"):
+        shutil.rmtree(path, ignore_errors=True)
+    steps = {int(path.name): path for path in folder.glob("[0-9]*") if path.name.isdigit()}
+    for number in sorted(steps, reverse=True):
+        step = steps[number]
+        if not ((step / _COMMITTED).is_file() and (step / SUMS).is_file()):
             shutil.rmtree(step, ignore_errors=True)
+        elif damaged := _damaged(step):
+            lines.append(f"note: {step}: {damaged}; set aside as {set_aside(step, '.damaged').name}")
+        else:
+            return [f"{line}; training goes on from {step}" for line in lines]
+    return [f"{line}; training starts anew" for line in lines]
+
+
+def _damaged(step: Path) -> str:
+    """What is not as it was written; nothing where all is."""
+    try:
+        sums = json.loads((step / SUMS).read_text(encoding="utf-8"))
+        wrong = [name for name, digest in sums.items() if not _holds(step / name, digest)]
+    except (OSError, ValueError, AttributeError, TypeError):
+        return f"{SUMS} is damaged"
+    return f"damaged ({', '.join(sorted(wrong)[:3])})" if wrong else ""
+
+
+def _holds(path: Path, digest: str) -> bool:
+    return path.is_file() and file_sha256(path) == digest

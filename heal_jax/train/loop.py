@@ -25,6 +25,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from heal_jax import signals
 from heal_jax.config import TrainSpec
 from heal_jax.errors import RunError
 from heal_jax.model.decoder import Model
@@ -32,7 +33,7 @@ from heal_jax.model.lora import adapted, split
 from heal_jax.model.mesh import put_batch, using
 from heal_jax.model.weights import shardings
 from heal_jax.processes import once
-from heal_jax.train.checkpoint import Progress, opened, remove_torn, require_room, restore, writing
+from heal_jax.train.checkpoint import Progress, keep_whole, opened, require_room, restore
 from heal_jax.train.data import Batch, Example, batches, unpack
 from heal_jax.train.meter import Meter
 from heal_jax.train.step import train_step
@@ -120,8 +121,9 @@ def train(
     checkpoint_seconds: float,
     mesh: Mesh | None,
     log: Callable[[dict[str, Any]], None],
+    say: Callable[[str], None] = lambda line: None,
 ) -> Trained:
-    """Train a copy of `model` through the phases; goes on from the latest committed checkpoint in `folder`.
+    """Train a copy of `model` through the phases; goes on from the latest whole checkpoint in `folder`.
 
     Batches are [spec.batch, length], of whole examples; none may be longer. The master weights are float32, the forward
     and backward pass is in the model's dtype, and so is what is returned. A checkpoint is written at the end of every
@@ -137,7 +139,8 @@ def train(
     tokens (padding not counted), loss_tokens, seconds and skipped: every `log_every` steps, at each phase's last, and
     where loss or gradient is not finite, with the rollouts of that batch as not_finite. Raises RunError where there is
     nothing to train on, where more steps than `max_skipped` are not finite, where a batch has no token to learn, where
-    a checkpoint cannot be written, and where the one that is there is damaged or another training's.
+    a checkpoint cannot be written, and where the one that is there is another training's. `say` gets a line for each
+    damaged one. After a signal it saves, and raises Stopped.
     """
     total = sum(phase.steps for phase in phases)
     if total == 0 or any(phase.steps and not phase.examples for phase in phases):
@@ -151,12 +154,13 @@ def train(
     pinned = None if mesh is None else tuple(leaf.sharding for leaf in leaves)
     identity = _identity(model, phases, spec, length, pad_id, seed)
     folder = folder.resolve()
-    once(lambda: remove_torn(folder))
-    with opened(folder) as checkpointer:
-        if checkpointer.latest is None:
+    for line in once(lambda: keep_whole(folder)):
+        say(line)
+    with opened(folder) as checkpoints, signals.deferred():
+        if checkpoints.orbax.latest is None:
             state, progress, data = _initial_state(model, transform, target), Progress(), None
         else:
-            state, progress, data = restore(checkpointer, target, identity)
+            state, progress, data = restore(checkpoints.orbax, target, identity)
         clock, saved_at = time.monotonic() - progress.seconds, time.monotonic()
         meter = Meter(model.config, spec, length, progress)
         for at, batch, ids, stream in _steps(phases, progress.step, data, spec.batch, length, seed, pad_id):
@@ -200,15 +204,17 @@ def train(
                 )
             # The first process decides for all: their clocks differ, and a save needs every one of them.
             due = time.monotonic() - saved_at >= checkpoint_seconds
-            if at.ends or once(functools.partial(bool, due)):
+            now = once(functools.partial(_decide, due))
+            if at.ends or now:
                 data = None if at.ends else stream.get_state()
                 metadata = {"training": identity, "progress": dataclasses.asdict(progress), "data": data}
                 once(functools.partial(require_room, folder, state))
-                with writing(folder):
-                    checkpointer.save_async(at.step, state, force=True, custom_metadata=metadata)
+                checkpoints.save(at.step, state, metadata)
                 saved_at = time.monotonic()
-        with writing(folder):
-            checkpointer.wait()
+            if now == "stop":
+                checkpoints.wait()
+                signals.stop()
+        checkpoints.wait()
     params = jax.tree.map(lambda new, old: new.astype(old.dtype), state["params"], trainable)
     return Trained(dataclasses.replace(model, params=nnx.merge_state(params, frozen)), progress)
 
@@ -219,6 +225,11 @@ class At(NamedTuple):
     phase: str
     step: int
     ends: bool
+
+
+def _decide(due: bool) -> str:
+    """What is to be done after a step: stop (save first), save, or nothing."""
+    return "stop" if signals.asked() else "save" if due else ""
 
 
 def _steps(
