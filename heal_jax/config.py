@@ -251,9 +251,9 @@ class TrainSpec:
     """Optimizer steps in all, over the three stages."""
     batch: Count = 4
     """Rows a step, for the two students alike; a mesh splits them."""
-    row_tokens: Annotated[int, Range(ge=0)] = 512
+    row_tokens: Annotated[int, Range(ge=0)] = 344
     """Slots of a row, which holds as many whole examples as fit (packing); a longer example makes all rows as long. 0:
-    as long as the longest. 512 holds three solutions of the built-in world, and 2 % of it stays empty."""
+    as long as the longest. 344 holds two solutions of the built-in world, and 4 % of it stays empty."""
     accumulate: Count = 1
     """Parts of the batch that are computed one after another, for less memory; must divide `batch`."""
     learning_rate: Positive = 5e-4
