@@ -229,7 +229,7 @@ def train_one(
     """Train one student, or restore it where that is done. Without phases it stays what it was."""
     if not phases:
         run.progress.say(f"train      {name}: the teacher solved nothing, so there is nothing to train on")
-        return Trained(run.student.model, Progress())
+        return Trained(run.student.model, Progress(), {})
 
     work = run.directory.manifest.setdefault("work", {})
     stage = f"train {name}"

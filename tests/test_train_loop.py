@@ -409,6 +409,31 @@ def test_uncommitted_checkpoints_are_ignored(
     assert sorted(path.name for path in folder.iterdir()) == ["22", "9"]
 
 
+@pytest.mark.parametrize("scores", [{9: 0.5, 22: 0.25}, {9: 0.25, 22: 0.25}])
+def test_the_best_on_dev_problems_is_kept_and_returned(
+    tmp_path: Path, uninterrupted: tuple[Path, Model, list[dict[str, Any]]], scores: dict[int, float]
+) -> None:
+    """Of equals the latest; each phase's end is assessed once, whatever is interrupted."""
+    seen: list[Model] = []
+
+    def assess(model: Model) -> float:
+        seen.append(dataclasses.replace(model, params=jax.tree.map(jnp.copy, model.params)))
+        return scores[(9, 22)[len(seen) - 1]]
+
+    with pytest.raises(Stop):
+        run(tmp_path, stop_at(20), assess=assess, checkpoint_seconds=1e-9)
+    best = run(tmp_path, assess=assess, checkpoint_seconds=1e-9)
+    assert len(seen) == 2 and same_bits(seen[1], uninterrupted[1]) and not same_bits(*seen)
+    assert same_bits(best, seen[0] if scores[9] > scores[22] else seen[1])
+    assert (tmp_path / "22").is_dir() and (scores[9] == scores[22] or (tmp_path / "9").is_dir())
+    assert json.loads((tmp_path / "dev.json").read_text()) == {str(step): score for step, score in scores.items()}
+    assert same_bits(run(tmp_path, assess=assess), best) and len(seen) == 2
+    if scores[9] > scores[22]:
+        next((tmp_path / "9" / "state" / "d").parent.rglob("manifest*")).write_bytes(b"damaged")
+        with pytest.raises(RunError, match="9: the best checkpoint is damaged or gone; remove"):
+            run(tmp_path, assess=assess)
+
+
 def test_a_finished_training_is_only_restored(
     tmp_path: Path, uninterrupted: tuple[Path, Model, list[dict[str, Any]]]
 ) -> None:

@@ -8,7 +8,7 @@ import dataclasses
 import json
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,12 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from heal_jax.errors import RunError, out_of_memory
-from heal_jax.processes import count, primary
-from heal_jax.store import file_sha256, set_aside, write_json
+from heal_jax.processes import count, once, primary
+from heal_jax.store import file_sha256, read_json, set_aside, write_json
 
 KEEP = 2  # checkpoints: the latest, and the one before in case the latest is damaged
 WRITE_SECONDS = 600  # for a checkpoint; longer, and the training ends with an error
+DEV = "dev.json"  # step -> accuracy on the dev problems
 SUMS = "sha256.json"  # file -> checksum
 _COMMITTED = "commit_success.txt"  # Orbax's
 
@@ -38,11 +39,27 @@ class Progress:
     skipped: int = 0
 
 
-class Checkpoints:
-    """Orbax's checkpointer of a folder. Checksums are computed in a thread, as the files are written."""
+@dataclasses.dataclass
+class _Kept:
+    """Which checkpoints Orbax keeps: the latest, and the best on dev problems."""
 
-    def __init__(self, orbax: ocp.training.Checkpointer, folder: Path):
-        self.orbax, self.folder = orbax, folder
+    best: int | None = None
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        return [i >= len(checkpoints) - KEEP or c.step == self.best for i, c in enumerate(checkpoints)]
+
+
+class Checkpoints:
+    """Orbax's checkpointer of a folder. Checksums are computed in a thread, as the files are written.
+
+    dev: accuracy on the dev problems after the steps that were assessed; on disk, too.
+    """
+
+    def __init__(self, orbax: ocp.training.Checkpointer, folder: Path, kept: _Kept):
+        self.orbax, self.folder, self._kept = orbax, folder, kept
+        path = folder / DEV
+        self.dev: dict[int, float] = {int(k): v for k, v in read_json(path).items()} if path.is_file() else {}
+        self._kept.best = self.best
         self._pool = ThreadPoolExecutor(1, "checksums")
         self._sums: Future[None] | None = None
         self._given_up = threading.Event()
@@ -54,6 +71,25 @@ class Checkpoints:
             self.orbax.save_async(step, state, force=True, custom_metadata=metadata)
         if primary():
             self._sums = self._pool.submit(self._checksum, self.folder / str(step))
+
+    @property
+    def best(self) -> int | None:
+        """The step that is best on the dev problems, of equals the latest; None where nothing was assessed."""
+        return max(self.dev, key=lambda step: (self.dev[step], step), default=None)
+
+    def assessed(self, step: int, accuracy: float) -> None:
+        """Note a step's accuracy on the dev problems."""
+        self.dev[step] = accuracy
+        self._kept.best = self.best
+        if primary():
+            write_json(self.folder / DEV, self.dev)
+
+    def load(self, step: int, target: dict[str, Any]) -> dict[str, Any]:
+        """A state saved before, placed as in `target`. Raises RunError where it is not there whole."""
+        path = self.folder / str(step)
+        if not once(lambda: path.is_dir() and not _damaged(path)):
+            raise RunError(f"{path}: the best checkpoint is damaged or gone; remove {self.folder} to train anew")
+        return self.orbax.load(step, target)
 
     def wait(self) -> None:
         """Until the last checkpoint is whole. Raises RunError where it cannot be written."""
@@ -81,11 +117,11 @@ class Checkpoints:
 @contextlib.contextmanager
 def opened(folder: Path) -> Iterator[Checkpoints]:
     """Closed at the end; after an error of one of several processes it is not, since that waits for all."""
-    policy = ocp.training.preservation_policies.LatestN(KEEP)
+    kept = _Kept()
     context = ocp.Context()
     context.asynchronous.timeout_secs = WRITE_SECONDS
     with context:
-        checkpoints = Checkpoints(ocp.training.Checkpointer(folder, preservation_policy=policy), folder)
+        checkpoints = Checkpoints(ocp.training.Checkpointer(folder, preservation_policy=kept), folder, kept)
         try:
             yield checkpoints
         except BaseException:

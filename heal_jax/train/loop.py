@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import math
 import time
@@ -103,10 +104,12 @@ def optimizer(spec: TrainSpec, total_steps: int) -> optax.GradientTransformation
 
 
 class Trained(NamedTuple):
-    """The model, in the dtype that it had before, and what its training took."""
+    """The model, in the dtype that it had before, and what its training took; by step, the accuracies on dev problems,
+    of which the model has the best (of equals the latest)."""
 
     model: Model
     progress: Progress
+    dev: dict[int, float]
 
 
 def train(
@@ -122,6 +125,7 @@ def train(
     mesh: Mesh | None,
     log: Callable[[dict[str, Any]], None],
     say: Callable[[str], None] = lambda line: None,
+    assess: Callable[[Model], float] | None = None,
 ) -> Trained:
     """Train a copy of `model` through the phases; goes on from the latest whole checkpoint in `folder`.
 
@@ -140,7 +144,9 @@ def train(
     where loss or gradient is not finite, with the rollouts of that batch as not_finite. Raises RunError where there is
     nothing to train on, where more steps than `max_skipped` are not finite, where a batch has no token to learn, where
     a checkpoint cannot be written, and where the one that is there is another training's. `say` gets a line for each
-    damaged one. After a signal it saves, and raises Stopped.
+    damaged one. After a signal it saves, and raises Stopped. `assess`, an accuracy of a model whose
+    arrays are there during the call alone, is asked at the end of every phase; the best checkpoint is kept and
+    returned.
     """
     total = sum(phase.steps for phase in phases)
     if total == 0 or any(phase.steps and not phase.examples for phase in phases):
@@ -153,7 +159,13 @@ def train(
     leaves = jax.tree.leaves((target["params"], target["opt_state"]))
     pinned = None if mesh is None else tuple(leaf.sharding for leaf in leaves)
     identity = _identity(model, phases, spec, length, pad_id, seed)
+    ends = set(itertools.accumulate(phase.steps for phase in phases if phase.steps))
     folder = folder.resolve()
+
+    def as_model(state: dict[str, Any]) -> Model:
+        params = jax.tree.map(lambda new, old: new.astype(old.dtype), state["params"], trainable)
+        return dataclasses.replace(model, params=nnx.merge_state(params, frozen))
+
     for line in once(lambda: keep_whole(folder)):
         say(line)
     with opened(folder) as checkpoints, signals.deferred():
@@ -161,6 +173,12 @@ def train(
             state, progress, data = _initial_state(model, transform, target), Progress(), None
         else:
             state, progress, data = restore(checkpoints.orbax, target, identity)
+
+        def assess_once() -> None:
+            if assess is not None and progress.step in ends - set(checkpoints.dev):
+                checkpoints.assessed(progress.step, assess(as_model(state)))
+
+        assess_once()
         clock, saved_at = time.monotonic() - progress.seconds, time.monotonic()
         meter = Meter(model.config, spec, length, progress)
         for at, batch, ids, stream in _steps(phases, progress.step, data, spec.batch, length, seed, pad_id):
@@ -210,13 +228,15 @@ def train(
                 metadata = {"training": identity, "progress": dataclasses.asdict(progress), "data": data}
                 once(functools.partial(require_room, folder, state))
                 checkpoints.save(at.step, state, metadata)
+                assess_once()
                 saved_at = time.monotonic()
             if now == "stop":
                 checkpoints.wait()
                 signals.stop()
         checkpoints.wait()
-    params = jax.tree.map(lambda new, old: new.astype(old.dtype), state["params"], trainable)
-    return Trained(dataclasses.replace(model, params=nnx.merge_state(params, frozen)), progress)
+        if checkpoints.best not in (None, progress.step):
+            state = checkpoints.load(checkpoints.best, target)
+        return Trained(as_model(state), progress, checkpoints.dev)
 
 
 class At(NamedTuple):
