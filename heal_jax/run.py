@@ -161,8 +161,8 @@ def open_run(
     """Check everything, then create or reopen the directory.
 
     `needs` are stages that must have finished. Raises InputError, with nothing written, for a bad config, problem file
-    or model folder, problems that are also held out, prompts too long for a model, too little disk, a stage that must
-    come first, and a directory made with another config.
+    or model folder, training problems of which hygiene leaves none, answers that nothing can be compared with, prompts
+    too long for a model, too little disk, a stage that must come first, and a directory made with another config.
     """
     validate(config)
     trackers.require(config.log)

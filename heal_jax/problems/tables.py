@@ -169,6 +169,8 @@ def _prepare(name: str) -> Any:
         root = Path(builder.data_dir_root).expanduser()
         root.mkdir(parents=True, exist_ok=True)
         with FileLock(root / f".{builder.name}.lock"), contextlib.redirect_stdout(io.StringIO()):
+            if (there := prepared(name)) is not None:  # by another process, meanwhile
+                return there
             builder.download_and_prepare(file_format="array_record")
     except Exception as error:
         raise InputError(
