@@ -318,6 +318,7 @@ def test_training_problems_are_cleaned_before_anything_uses_them(tmp_path, capsy
     write("test.jsonl", (copied, "7"), ("2  + 2?", "4"))
     settings = {
         "problems": {"source": f"jsonl:{tmp_path}/train.jsonl"},
+        "train": {"batch": 8},
         "evaluate": {"problems": {"source": f"jsonl:{tmp_path}/test.jsonl", "split": "test"}},
     }
     path, out = tmp_path / "a.yaml", tmp_path / "out"
@@ -377,6 +378,7 @@ def test_the_prompt_template_stands_wherever_a_plain_prompt_does(tmp_path, monke
         (tmp_path / f"{split}.jsonl").write_text(json.dumps(line) + "\n")
     settings = {
         "problems": {"source": f"jsonl:{tmp_path}/train.jsonl"},
+        "train": {"batch": 8},
         "sample": {"prompt": "{question} {x} ="},
         "evaluate": {"problems": {"source": f"jsonl:{tmp_path}/test.jsonl", "split": "test"}},
     }
