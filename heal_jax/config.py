@@ -119,10 +119,12 @@ class HygieneSpec:
 
     near: Share = 0.7
     """Near-duplicates: problems with the same answer and the same numbers whose questions share at least this much of
-    their three-word sequences (Jaccard); the first one stays. One word changed in twenty leaves 0.7. 0: off."""
+    their three-word sequences (Jaccard); the first one stays. One word changed in twenty leaves 0.7. Problems of one
+    generator (world, rg) are not compared. 0: off."""
     ngram: Annotated[int, Range(ge=0)] = 8
     """A training problem that shares so many words in a row with a held-out one is left out; 8 is common in
-    decontamination. What a tenth of a source's questions share is its wording and does not count. 0: off."""
+    decontamination. What one in a hundred of a source's questions share is its wording and does not count, nor what
+    problems of one generator share. 0: off."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -89,13 +89,14 @@ def test_near_repeats_are_those_of_the_definition(pairs, threshold):
     for p in train:
         shingles = {content[p.question][i : i + 3] for i in range(len(content[p.question]) - 2)}
         numbers = sorted(word for word in p.question.split() if word.isdigit())
-        for q, theirs, same in kept:
-            union = shingles | theirs
-            if union and same == (p.answer, numbers) and len(shingles & theirs) / len(union) >= threshold:
+        whole = {tuple(p.question.split()[i : i + 3]) for i in range(len(p.question.split()) - 2)}
+        for q, (theirs, all_theirs), same in kept:
+            shares = [len(a & b) / len(a | b) for a, b in ((shingles, theirs), (whole, all_theirs)) if a and b]
+            if len(shares) == 2 and same == (p.answer, numbers) and min(shares) >= threshold:
                 expected.append((p.id, "near-duplicate", q.id))
                 break
         else:
-            kept.append((p, shingles, (p.answer, numbers)))
+            kept.append((p, (shingles, whole), (p.answer, numbers)))
     assert outcome(train, spec=HygieneSpec(near=threshold, ngram=0))[1] == expected
 
 
@@ -151,7 +152,7 @@ def test_no_words_in_a_row_are_left_in_common(lines, held, size):
 # The source's own wording
 
 
-def test_wording_that_a_tenth_of_a_source_shares_does_not_count():
+def test_the_wording_of_a_source_does_not_count():
     template = "Please state the final answer to the following simple arithmetic problem without any words: {}"
 
     def made(split, numbers):
@@ -168,7 +169,7 @@ def test_wording_that_a_tenth_of_a_source_shares_does_not_count():
     assert removed == [("copy0", "n-gram", "story0")] and len(left) == 41
 
 
-@pytest.mark.parametrize(("among", "least"), [(20, LEAST - 1), (200, SHARE * 200)])
+@pytest.mark.parametrize(("among", "least"), [(20, LEAST - 1), (1000, SHARE * 1000)])
 def test_what_is_wording_is_counted(among, least):
     """`least`: questions for training that make it wording, where one held-out question has it, too."""
     phrase = "the quick brown fox jumps over the lazy"
@@ -181,6 +182,27 @@ def test_what_is_wording_is_counted(among, least):
     for holders in (int(least) - 1, int(least)):
         removed = outcome(questions(holders), held_out, HygieneSpec(near=0.0))[1]
         assert len(removed) == (holders if holders < least else 0)
+
+
+def test_words_that_differ_in_the_wording_still_differ():
+    """Both wordings of the template are common, so that they leave the same words."""
+    parts = [(n, k, way) for n in range(30, 60) for k in (7, 8) for way in ("at least", "exactly")]
+    text = "What are the odds in the long run of getting {} {} red and {} blue of {} fair and square balls drawn?"
+    train = problems("train", *((text.format(way, k, n, n + k), "1/2") for n, k, way in parts))
+    content = hygiene._content(train, 4)
+    assert content[normal(train[0].question)] == content[normal(train[1].question)]
+    assert outcome(train, spec=HygieneSpec(near=0.8))[1] == []
+
+
+def test_what_problems_of_one_generator_share_does_not_count():
+    def made(source, n, split):
+        question = f"Tom has {n} red hats and loses one on the way to a fair in the town."
+        return [Problem(f"{split}{n}", source, split, "", question, "1", "reasoning_gym")]
+
+    for train, held_out, removed in (("rg:a", "rg:a", False), ("rg:a", "rg:b", True), ("jsonl:a", "jsonl:a", True)):
+        mine = [*made(train, 2, "first"), *made(train, 3, "second"), *problems("third", BOOK, source=train)]
+        found = outcome(mine, [*made(held_out, 2, "test"), *made(held_out, 4, "other")])[1]
+        assert found == [("first2", "held out", "test2"), *[("second3", "n-gram", "test2")] * removed]
 
 
 @pytest.mark.parametrize("name", ["tiny", "quickstart"])

@@ -2,11 +2,14 @@
 
 Questions are compared as words: runs of letters, numbers, and signs that calculate; case and punctuation do not count.
 
-*The source's own wording.* Generated families and competitions repeat phrases ("State the final answer to the following
+*The source's own wording.* Templates and competitions repeat phrases ("State the final answer to the following
 arithmetic problem"), which say nothing about who copied whom. Sequences of four words (fewer where `hygiene.ngram` is)
-that at least a tenth, and at least five, of the different questions of a source (or of all) hold are wording. The
+that at least a hundredth, and at least five, of the different questions of a source (or of all) hold are wording. The
 words they cover are taken out before n-grams and near-duplicates are looked for, and what is left is read on over the
 gap. A question with too few words left for an n-gram or a shingle is compared as a whole alone.
+
+*Generators.* Problems of one world: or rg: source differ in what is asked, and what they share is how the generator
+words it: among themselves only the same question counts.
 
 The order of problems decides who stays, and nothing else: no randomness, no hash seeds.
 """
@@ -28,7 +31,7 @@ from heal_jax.problems.sources import Problem
 FILE = "removed.jsonl"  # in the run directory
 
 WORDING = 4  # words: short enough for short templates; of ordinary phrases few reach SHARE
-SHARE = 0.1  # of a source's different questions
+SHARE = 0.01  # of a source's different questions: far more than copies of one problem, less than most templates have
 LEAST = 5  # different questions: fewer that agree may as well be copies
 SHINGLE = 3  # words
 
@@ -59,7 +62,7 @@ class Removed:
     ngram: str | None = None
     """n-gram: the words."""
     similarity: float | None = None
-    """near-duplicate: Jaccard similarity of the three-word sequences."""
+    """near-duplicate: Jaccard similarity of the three-word sequences, wording aside."""
 
 
 def clean(
@@ -177,13 +180,19 @@ def _content(problems: Iterable[Problem], size: int) -> dict[str, Words]:
 def _near_repeats(problems: Sequence[Problem], content: dict[str, Words], threshold: float) -> list[Removed]:
     """Problems that are near-duplicates of one that stays.
 
-    Only those with the same answer and the same numbers are compared, as two problems that differ in either are two.
-    Every pair at or above the threshold is found: two sets with Jaccard similarity t share one of the rarest
-    n - ceil(t n) + 1 elements of each (Bayardo, Ma, Srikant: Scaling up all pairs similarity search, WWW 2007).
+    Only those with the same answer and the same numbers are compared, as two problems that differ in either are two;
+    their shingles must agree with the sources' wording and without it. No pair is missed: two sets of n and m shingles
+    with Jaccard similarity t share one of the n - ceil(t n) + 1 rarest of the one and the m - ceil(t m) + 1 rarest of
+    the other (Bayardo, Ma, Srikant: Scaling up all pairs similarity search, WWW 2007).
     """
+
+    def similarity(a: set[Words], b: set[Words]) -> float:
+        return len(a & b) / len(a | b)
+
     groups: dict[tuple[str, ...], list[tuple[Problem, set[Words]]]] = defaultdict(list)
     for p in problems:
-        if shingles := set(grams(content[normal(p.question)], SHINGLE)):
+        shingles = set(grams(content[normal(p.question)], SHINGLE))
+        if shingles and not _made(p):
             numbers = sorted(word for word in words(p.question) if word[0].isdigit())
             groups[normal(p.answer), *numbers].append((p, shingles))
     out = {}
@@ -197,9 +206,10 @@ def _near_repeats(problems: Sequence[Problem], content: dict[str, Words], thresh
             prefix = rare[: len(rare) - math.ceil(threshold * len(rare) - 1e-9) + 1]
             for other in sorted({i for shingle in prefix for i in index[shingle]}):
                 first, theirs = group[other]
-                similarity = len(shingles & theirs) / len(shingles | theirs)
-                if similarity >= threshold:
-                    out[p.id] = _removed(p, "near-duplicate", first, similarity=round(similarity, 4))
+                whole = (set(grams(words(q.question), SHINGLE)) for q in (p, first))
+                alike = similarity(shingles, theirs)
+                if alike >= threshold and similarity(*whole) >= threshold:
+                    out[p.id] = _removed(p, "near-duplicate", first, similarity=round(alike, 4))
                     break
             else:
                 for shingle in prefix:
@@ -217,13 +227,20 @@ def _overlaps(
     problems: Sequence[Problem], held_out: Sequence[Problem], content: dict[str, Words], size: int
 ) -> list[Removed]:
     """Problems that share `size` words in a row with a held-out one; the first such words, and whose they are."""
-    asked: dict[Words, Problem] = {}
+    asked: dict[Words, dict[str, Problem]] = defaultdict(dict)  # the first problem of each source
     for p in held_out:
         for gram in grams(content[normal(p.question)], size):
-            asked.setdefault(gram, p)
+            asked[gram].setdefault(p.source, p)
     out = []
     for p in problems:
-        shared = next((gram for gram in grams(content[normal(p.question)], size) if gram in asked), None)
-        if shared is not None:
-            out.append(_removed(p, "n-gram", asked[shared], ngram=" ".join(shared)))
+        for gram in grams(content[normal(p.question)], size):
+            others = [other for source, other in asked.get(gram, {}).items() if source != p.source or not _made(p)]
+            if others:
+                out.append(_removed(p, "n-gram", others[0], ngram=" ".join(gram)))
+                break
     return out
+
+
+def _made(problem: Problem) -> bool:
+    """Whether a generator made it."""
+    return problem.source.startswith(("world:", "rg:"))
