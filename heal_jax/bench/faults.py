@@ -31,7 +31,7 @@ from heal_jax.train.data import read_stage
 
 STAGES = ("sample", "hindsight", "repair", "curate", "train", "evaluate", "export")
 PLACES = ("start-up", *STAGES)
-START_UP = 4.0  # seconds, until one was measured
+START_UP = 4.0  # seconds, at least: libraries are imported, models checked
 POLL = 0.02  # seconds
 
 
@@ -89,14 +89,12 @@ class Disturbed:
         has passed. Raises RunError where it ends badly by itself.
         """
         with tempfile.TemporaryFile() as file:
-            start, place, sent = time.monotonic(), "start-up", False
+            place, sent = "start-up", False
             process = subprocess.Popen(self.command, env=self.environment, stdout=subprocess.DEVNULL, stderr=file)
             try:
                 while process.poll() is None and (not target or PLACES.index(place) < PLACES.index(target)):
                     time.sleep(POLL)
-                    before, place = place, self.place(process.pid)
-                    if before == "start-up" != place:
-                        self.seconds["start-up"] = time.monotonic() - start
+                    place = self.place(process.pid)
                 if target:
                     process.wait(share * self.seconds[place])
             except subprocess.TimeoutExpired:
