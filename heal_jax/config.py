@@ -45,6 +45,10 @@ Positive = Annotated[float, Range(gt=0.0)]
 NonNegative = Annotated[float, Range(ge=0.0)]
 Seed = Annotated[int, Range(ge=0)]
 
+By = Literal["auto", "reasoning_gym", "math", "exact", "choice"]
+
+MAIN, DEV, GREEDY = "", "dev", "greedy"  # what no set in evaluate.sets is called
+
 
 class _Loader(yaml.SafeLoader):
     """Safe YAML that refuses a key given twice, where plain YAML lets the last one win."""
@@ -304,7 +308,7 @@ class LogSpec:
 class GradeSpec:
     """How a rollout's answer is found and checked."""
 
-    by: Literal["auto", "reasoning_gym", "math", "exact", "choice"] = "auto"
+    by: By = "auto"
     """auto: the family's own scorer for world: and rg: problems, math-verify for the others. exact: the same text.
     choice: the letter of a multiple-choice answer, such as (B), B. or Answer: B."""
     unreadable: Literal["refuse", "text"] = "refuse"
@@ -326,17 +330,46 @@ class GradeSpec:
 
 
 @dataclasses.dataclass(frozen=True)
-class EvaluateSpec:
-    """Accuracy on held-out problems."""
+class EvaluateSet:
+    """Held-out problems, and what each model is asked for."""
 
     problems: ProblemSpec = dataclasses.field(default_factory=lambda: ProblemSpec(split="test"))
     """Never trained on: what they share with the training problems is left out of those (hygiene)."""
+    by: Literal["run", By] = "run"
+    """How answers are checked, as in grade.by; run: as grade.by says, which may not suit a set of another kind."""
     samples: Count = 4
-    """pass@1 is the mean over this many samples a problem."""
+    """k: pass@1 is the mean over this many samples a problem."""
     temperature: NonNegative = 1.0
     """Students are judged by what they sample; 0 for greedy (with samples 1). top_k, top_p, min_p are sample's."""
+    max_new_tokens: Annotated[int, Range(ge=0)] = 0
+    """A sample that reaches this length is truncated, which is not right; 0: sample.max_new_tokens."""
+    greedy: bool = False
+    """Also one greedy sample a problem, with figures of its own: they need no k, but say less of a model that is
+    sampled from."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateSpec(EvaluateSet):
+    """Accuracy on held-out problems. What stands here itself is the main set, that of accuracy and difference in
+    summary.json; evaluate.sets, in the YAML file, names further ones."""
+
     resamples: Count = 2000
     """Bootstrap resamples of problems for the 95 % intervals; the interval's ends move by less than 0.2 points."""
+    sets: dict[str, EvaluateSet] = dataclasses.field(default_factory=dict)
+    """Further sets by name, such as {aime: {problems: {source: "jsonl:aime.jsonl"}, samples: 16}}, each with the fields
+    above; their figures are in summary.json under sets. Named in the YAML file; then --evaluate.sets.aime.samples
+    works, too."""
+    dev: EvaluateSet = dataclasses.field(
+        default_factory=lambda: EvaluateSet(ProblemSpec(source="", split="dev"), samples=1, temperature=0.0)
+    )
+    """Problems to choose by, held out from training and from the other sets; none while its source is empty. One greedy
+    sample a problem by default: checkpoints are compared by the same draws, and often."""
+
+    @property
+    def all_sets(self) -> dict[str, EvaluateSet]:
+        """The main set as "", the further ones by name, and "dev" where there is one."""
+        dev = {DEV: self.dev} if self.dev.problems.source else {}
+        return {MAIN: self, **self.sets, **dev}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -403,16 +436,18 @@ def validate(config: Config) -> None:
         raise InputError(f"pace.steps: {list(config.pace.steps)}: three shares >= 0 that sum to 1 are expected")
     if not config.train.lora.targets:
         raise InputError("train.lora.targets: at least one is expected; train.lora.rank 0 trains all weights")
-    most = max(config.sample.n, config.hindsight.n, config.gear.repairs, config.evaluate.samples)
     if config.train.batch % config.train.accumulate:
         raise InputError(
             f"train.accumulate: {config.train.accumulate} does not divide train.batch = {config.train.batch}"
         )
+    samples = [one.samples for one in config.evaluate.all_sets.values()]
+    most = max(config.sample.n, config.hindsight.n, config.gear.repairs, *samples)
     if config.sample.batch < most:
         raise InputError(
             f"sample.batch: {config.sample.batch} is out of range, allowed: >= {most} "
-            "(the largest of sample.n, hindsight.n, gear.repairs, evaluate.samples)"
+            "(the largest of sample.n, hindsight.n, gear.repairs, evaluate.samples, those of evaluate.sets)"
         )
+    _validate_sets(config.evaluate)
     if config.gear.breakpoint == "oracle" and not config.problems.source.startswith("world:"):
         raise InputError("gear.breakpoint: oracle needs a step checker, which only world: problems have; use surge")
     if not config.grade.answer_open or not config.grade.answer_close:
@@ -421,12 +456,30 @@ def validate(config: Config) -> None:
         raise InputError("grade.think_open: text that is not blank is expected, and grade.think_end with it")
 
 
+def _validate_sets(spec: EvaluateSpec) -> None:
+    """Names of evaluation sets are names of folders."""
+    names = list(spec.sets)
+    for name in names:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", name):
+            raise InputError(
+                f"evaluate.sets: {name!r} is no name for a set; letters, digits, '-', '_' and '.' are expected"
+            )
+        if name.lower() in (DEV, GREEDY):
+            raise InputError(f"evaluate.sets.{name}: the name is taken; a set to choose by is evaluate.dev")
+        if [other.lower() for other in names].count(name.lower()) > 1:
+            raise InputError(f"evaluate.sets.{name}: there twice but for upper and lower case; give it another name")
+    if spec.dev.greedy:
+        raise InputError("evaluate.dev.greedy: there is one figure to choose by; for greedy set its temperature to 0")
+
+
 def to_dict(value: Any) -> Any:
     """Plain YAML data of a config; `load` reads it back to an equal config."""
     if dataclasses.is_dataclass(value):
         return {field.name: to_dict(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, tuple):
         return [to_dict(item) for item in value]
+    if isinstance(value, dict):
+        return {key: to_dict(item) for key, item in value.items()}
     return value
 
 
@@ -451,8 +504,9 @@ def check(value: Any, path: str) -> None:
     hints = typing.get_type_hints(type(value), include_extras=True)
     for field in dataclasses.fields(value):
         item, hint, where = getattr(value, field.name), hints[field.name], _join(path, field.name)
-        if dataclasses.is_dataclass(item):
-            check(item, where)
+        for place, part in item.items() if isinstance(item, dict) else [("", item)]:
+            if dataclasses.is_dataclass(part):
+                check(part, _join(where, str(place)) if place else where)
         if typing.get_origin(hint) is Literal:
             _build(hint, item, where)
         for bound in getattr(hint, "__metadata__", ()):
@@ -481,6 +535,8 @@ def _build(hint: Any, raw: Any, path: str) -> Any:
         return {_build(args[0], key, path): _build(args[1], item, _join(path, str(key))) for key, item in raw.items()}
     if hint is Any:
         return raw
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return _build_dataclass(hint(), raw, path)
     return _scalar(hint, raw, path)
 
 

@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from heal_jax import pace
-from heal_jax.config import LogSpec, to_dict
+from heal_jax.config import MAIN, LogSpec, to_dict
 from heal_jax.errors import InputError, RunError
 from heal_jax.model.config import decoder_config
 from heal_jax.processes import once, primary
 from heal_jax.run import Run
+from heal_jax.sets import draw_of
 from heal_jax.store import DECISIONS, write_table
 from heal_jax.trackers import Track, tracking
 from heal_jax.train.checkpoint import Progress
@@ -41,10 +42,10 @@ def curate(run: Run) -> None:
             f"{own['student_tokens']} tokens in place of {own['teacher_tokens']} in {own['examples']} examples; "
             f"{own['dropped']} right rollouts are dropped since it cannot write them"
         )
-        if own["longest"] > run.config.sample.max_new_tokens:
+        if own["longest"] > (most := draw_of(run.config, MAIN).max_new_tokens):
             run.progress.say(
                 f"curate     note: an example has {own['longest']} of the student's tokens after the prompt; "
-                f"evaluation cuts at sample.max_new_tokens = {run.config.sample.max_new_tokens}"
+                f"evaluation cuts at {most}"
             )
 
 

@@ -8,6 +8,7 @@ from heal_jax.config import Config
 from heal_jax.errors import InputError
 from heal_jax.model.config import DecoderConfig
 from heal_jax.model.mesh import AXES, MAY_STAY_WHOLE, RULES, describe, nearest, shapes
+from heal_jax.sets import draws, place
 from heal_jax.shapes import groups, members
 
 
@@ -42,11 +43,12 @@ def batch_sizes(config: Config) -> list[Size]:
     spec = config.train
     parts = f" over train.accumulate {spec.accumulate}" if spec.accumulate > 1 else ""
     sizes = [Size(f"train.batch {spec.batch}{parts}", "batch", spec.batch // spec.accumulate)]
+    asked = draws(config, dev=True)
     for name, n in (
         ("sample.n", config.sample.n),
         ("hindsight.n", config.hindsight.n),
         ("gear.repairs", config.gear.repairs),
-        ("evaluate.samples", config.evaluate.samples),
+        *((f"{place(draw.set)}.{'greedy' if draw.greedy else 'samples'}", draw.samples) for draw in asked),
     ):
         rows = groups(config, n) * members(n)
         what = f"sample.batch {rows}" if rows == config.sample.batch else f"the {rows} rows of sample.batch at {name}"

@@ -1,32 +1,28 @@
 """Accuracy of teacher and students on held-out problems, with bootstrap intervals."""
 
-import dataclasses
 import functools
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from heal_jax import processes
+from heal_jax.ask import ask, prepare
+from heal_jax.config import Config
 from heal_jax.curriculum import train_one, training_plan
 from heal_jax.model.lm import LanguageModel
 from heal_jax.model.lora import merged
 from heal_jax.problems.sources import Problem
-from heal_jax.rollout.generate import Group, generate
-from heal_jax.rollout.sampling import rules
-from heal_jax.run import Run, plain_prompts
-from heal_jax.shapes import evaluate_shape
+from heal_jax.run import Run
+from heal_jax.sets import Draw, draws
 from heal_jax.store import EVALUATION
 
 MODELS = ("teacher", "student_base", "rejection_sampling", "heal")
 
 
 def evaluate(run: Run) -> None:
-    """`evaluate.samples` rollouts of every held-out problem by each of the four models: evaluation/*.parquet.
-
-    All models get the same random keys, so that their differences are less noisy than their accuracies.
-    """
+    """Samples of the problems of every evaluation set by each of the four models, in evaluation/."""
     for model in MODELS:
         evaluate_one(run, model)
         run.release_teacher()
@@ -40,38 +36,33 @@ def trained(run: Run, name: str) -> LanguageModel:
 
 
 def evaluate_one(run: Run, name: str) -> None:
-    spec, k, most = run.config.evaluate, run.config.evaluate.samples, run.config.sample.max_new_tokens
+    """All that one model is asked for."""
     model = functools.cache(lambda: _model(run, name))  # opened by the first shard that is missing
-    # Each model with its own tokenizer, chat template and EOS.
-    prompts = plain_prompts(run.config, run.tokenizers["teacher" if name == "teacher" else "student"], run.held_out)
-    shape = evaluate_shape(run.config, len(run.held_out), max(map(len, prompts.values())))
-    drawn = rules(dataclasses.replace(run.config.sample, temperature=spec.temperature))
+    for draw in draws(run.config):
+        _shards(run, name, draw, model)
+
+
+def _shards(run: Run, name: str, draw: Draw, model: Callable[[], LanguageModel]) -> None:
+    problems = run.evaluation[draw.set]
+    prompts, shape = prepare(run, "teacher" if name == "teacher" else "student", draw)
 
     def samples(part: Sequence[Problem], tokens: list[int], owner: int) -> list[dict[str, Any]]:
         lm = model()
         with run.work("evaluate", tokens):
-            ids = {p.id: tuple(f"{p.id}/evaluate/{i}/s{run.config.seed}" for i in range(k)) for p in part}
-            groups = [Group(prompts[p.id], ids[p.id], most) for p in part]
-            decoded = [d for several in generate(lm, groups, shape, drawn) for d in several]
-            tokens.extend(len(d.tokens) for d in decoded)
-            problems = [p for p in part for _ in range(k)]
-            texts = [lm.tokenizer.text(list(d.tokens)) for d in decoded]
-            grades = run.grade([(p, text, d.finish) for p, text, d in zip(problems, texts, decoded)], owner)
-            return [
-                {"model": name, "problem_id": p.id, "sample": i % k, "tokens": d.tokens, "grade": grade.grade}
-                for i, (p, d, grade) in enumerate(zip(problems, decoded, grades))
-            ]
+            rows = ask(run, lm, draw, part, prompts, shape, owner)
+            tokens.extend(len(row["tokens"]) for row in rows)
+            return [{"model": name, **row} for row in rows]
 
-    total, correct, seen = -(-len(run.held_out) // shape.contexts), 0, 0
+    total, correct, seen = -(-len(problems) // shape.contexts), 0, 0
     for number in range(total):
-        part = run.held_out[number * shape.contexts : (number + 1) * shape.contexts]
+        part = problems[number * shape.contexts : (number + 1) * shape.contexts]
         tokens: list[int] = []
         owner = number % processes.count()
         make = functools.partial(samples, part, tokens, owner)
-        table = run.shard("evaluate", f"evaluation/{name}-{number:05d}", make, EVALUATION, owner)
+        table = run.shard("evaluate", f"{draw.folder}/{name}-{number:05d}", make, EVALUATION, owner)
         grades = table.column("grade").to_pylist()
         correct, seen = correct + grades.count("correct"), seen + len(grades)
-        run.progress.update(f"evaluate {name}", number + 1, total, f"{correct / seen:.1%} correct", sum(tokens))
+        run.progress.update(draw.stage(name), number + 1, total, f"{correct / seen:.1%} correct", sum(tokens))
 
 
 def _model(run: Run, name: str) -> LanguageModel:
@@ -83,13 +74,14 @@ def _model(run: Run, name: str) -> LanguageModel:
     return student.with_params(merged(student.model))
 
 
-def problem_means(run: Run, name: str) -> np.ndarray:
-    """Mean correctness of each held-out problem over its samples: [problems] float64, in the order of `held_out`."""
+def problem_means(run: Run, name: str, draw: Draw) -> np.ndarray:
+    """Mean correctness of each problem of a draw over its samples by a model: [problems] float64, in their order."""
     found: dict[str, list[bool]] = defaultdict(list)
-    for shard in sorted(s for s in run.directory.manifest["shards"] if s.startswith(f"evaluation/{name}-")):
-        for row in run.directory.read(shard).to_pylist():
+    shards = [s.rpartition("/") for s in sorted(run.directory.manifest["shards"])]
+    for file in (file for folder, _, file in shards if folder == draw.folder and file.startswith(f"{name}-")):
+        for row in run.directory.read(f"{draw.folder}/{file}").to_pylist():
             found[row["problem_id"]].append(row["grade"] == "correct")
-    return np.array([np.mean(found[p.id]) for p in run.held_out])
+    return np.array([np.mean(found[p.id]) for p in run.evaluation[draw.set]])
 
 
 def interval(values: np.ndarray, resamples: int, seed: int) -> list[float]:
@@ -102,14 +94,26 @@ def interval(values: np.ndarray, resamples: int, seed: int) -> list[float]:
     return [float(x) for x in np.quantile(means, [0.025, 0.975])]
 
 
-def accuracy(run: Run, values: np.ndarray) -> dict[str, Any]:
-    """mean, ci95, n, and the same per level: values [problems] in the order of `held_out`."""
-    spec = run.config.evaluate
-    levels = np.array([p.level for p in run.held_out])
+def accuracy(config: Config, problems: Sequence[Problem], values: np.ndarray) -> dict[str, Any]:
+    """mean, ci95, n, and the same per level: values [problems]."""
+    levels = np.array([p.level for p in problems])
 
     def figures(part: np.ndarray) -> dict[str, Any]:
-        ci95 = interval(part, spec.resamples, run.config.seed)
+        ci95 = interval(part, config.evaluate.resamples, config.seed)
         return {"mean": float(part.mean()), "ci95": ci95, "n": len(part)}
 
-    names = dict.fromkeys(p.level for p in sorted(run.held_out, key=lambda p: p.level))
-    return {**figures(values), "per_level": {name: figures(values[levels == name]) for name in names}}
+    return {**figures(values), "per_level": {str(name): figures(values[levels == name]) for name in np.unique(levels)}}
+
+
+def compared(run: Run, draw: Draw) -> dict[str, Any]:
+    """The accuracy of each model on a draw, and `difference`: HEAL minus rejection sampling, paired by problem."""
+    problems = run.evaluation[draw.set]
+    means = {name: problem_means(run, name, draw) for name in MODELS}
+    found = {name: accuracy(run.config, problems, values) for name, values in means.items()}
+    difference = accuracy(run.config, problems, means["heal"] - means["rejection_sampling"])
+
+    def without_count(figures: dict[str, Any]) -> dict[str, Any]:
+        return {name: figures[name] for name in ("mean", "ci95")}
+
+    levels = {name: without_count(part) for name, part in difference["per_level"].items()}
+    return found | {"difference": without_count(difference) | {"per_level": levels}}

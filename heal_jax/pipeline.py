@@ -78,7 +78,8 @@ def _start_over(run: Run, name: str) -> None:
     elif name == "evaluate":
 
         def of_student(shard: str) -> bool:
-            return shard.startswith("evaluation/") and any(f"{student}-" in shard for student in STUDENTS)
+            folder, _, file = shard.rpartition("/")
+            return folder.split("/")[0] == "evaluation" and file.rpartition("-")[0] in STUDENTS
 
         run.directory.forget(name, shards=of_student)
     else:

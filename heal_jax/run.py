@@ -38,6 +38,7 @@ from heal_jax.problems import hygiene
 from heal_jax.problems.grading import Grade, Grader
 from heal_jax.problems.sources import Problem, load
 from heal_jax.progress import Progress
+from heal_jax.sets import load_sets, place
 from heal_jax.shapes import positions
 from heal_jax.store import ROLLOUTS, RunDirectory, folder_sha256, set_aside, write_text
 
@@ -52,7 +53,7 @@ class Run:
     config: Config
     directory: RunDirectory
     problems: list[Problem]  # after hygiene
-    held_out: list[Problem]
+    evaluation: dict[str, list[Problem]]  # of every evaluation set, by its name (config.MAIN, DEV)
     hygiene: dict[str, int]  # how many were loaded, left out for each reason, and kept
     grader: Grader
     progress: Progress
@@ -101,6 +102,19 @@ class Run:
             and set(teacher.eos_ids) == set(student.eos_ids)
             and self.prompts == self.student_prompts
         )
+
+    @property
+    def evaluation_problems(self) -> list[Problem]:
+        """The problems of all evaluation sets, dev included: none may be trained on."""
+        return _all_of(self.evaluation)
+
+    @functools.cached_property
+    def evaluation_prompts(self) -> dict[str, dict[str, dict[str, tuple[int, ...]]]]:
+        """The prompt of each evaluation problem: by model (teacher, student), set and id."""
+        return {
+            model: {name: plain_prompts(self.config, tokenizer, several) for name, several in self.evaluation.items()}
+            for model, tokenizer in self.tokenizers.items()
+        }
 
     @contextlib.contextmanager
     def work(self, stage: str, tokens: list[int] | None = None) -> Iterator[None]:
@@ -167,8 +181,8 @@ def open_run(
     validate(config)
     trackers.require(config.log)
     loaded = load(config.problems, config.grade.by)
-    held_out = load(config.evaluate.problems, config.grade.by, "evaluate.problems")
-    problems, removed = hygiene.clean(loaded, held_out, config.hygiene)
+    evaluation = load_sets(config)
+    problems, removed = hygiene.clean(loaded, _all_of(evaluation), config.hygiene)
     mesh = make_mesh(dataclasses.asdict(config.mesh))
     folders = {"teacher": resolve(config.teacher), "student": resolve(config.student)}
     split = sizes(config, {name: decoder_config(folder) for name, folder in folders.items()})
@@ -176,7 +190,7 @@ def open_run(
     if config.train.lora.rank:
         adapter_rows(decoder_config(folders["student"]), config.train.lora.targets)
     tokenizers = {name: open_tokenizer(folder) for name, folder in folders.items()}
-    asked = _hash([(p.id, p.question, p.answer) for p in (*problems, *held_out)])
+    asked = _hash([(p.id, p.question, p.answer) for p in (*problems, *_all_of(evaluation))])
     processes.alike(
         "start all with the same command, on the same files",
         config=dump(config),
@@ -185,7 +199,7 @@ def open_run(
         problems=asked,
         tokenizers=repr([tokenizers[name].prompt("State 1 + 2.") for name in folders]),
     )
-    _fits(config, tokenizers, [*problems, *held_out])
+    _fits(config, tokenizers, problems, evaluation)
     _opens_no_thinking(config, tokenizers["teacher"], plain_question(config, problems[0]))
     for folder in dict.fromkeys(folders.values()):
         processes.once(functools.partial(check_weights, folder))
@@ -206,7 +220,7 @@ def open_run(
 
         def enter() -> Any:
             if "problems" not in directory.manifest and config.grade.unreadable == "refuse":
-                _readable(grader, [*problems, *held_out])
+                _readable(grader, [*problems, *_all_of(evaluation)])
             stack.enter_context(_lock(out, command, progress))
             # Again: another process may have worked in it until now.
             inside = _reopen(config, out, facts, needs, progress.say)
@@ -222,7 +236,7 @@ def open_run(
         figures = hygiene.counts(loaded, removed)
         if removed:
             progress.say(f"hygiene    {hygiene.described(figures)}: see {out / hygiene.FILE}")
-        yield Run(config, directory, problems, held_out, figures, grader, progress, mesh, tokenizers, again)
+        yield Run(config, directory, problems, evaluation, figures, grader, progress, mesh, tokenizers, again)
 
 
 def _enter(
@@ -301,21 +315,38 @@ def _writable(out: Path) -> None:
         raise InputError(f"{out}: {free >> 20} MiB of disk are free, {FREE_BYTES >> 20} are wanted; free some space")
 
 
-def _fits(config: Config, tokenizers: dict[str, Tokenizer], problems: list[Problem]) -> None:
+def _all_of(evaluation: dict[str, list[Problem]]) -> list[Problem]:
+    return [problem for several in evaluation.values() for problem in several]
+
+
+def _fits(
+    config: Config,
+    tokenizers: dict[str, Tokenizer],
+    problems: list[Problem],
+    evaluation: dict[str, list[Problem]],
+) -> None:
     """Longest context and rollout of each model against its positions; the student sees no hints."""
     teacher = tokenizers["teacher"]
     questions = (plain_question, hindsight_question)
     shown = max(len(teacher.prompt(question(config, p))) for p in problems for question in questions)
     hint = max(len(teacher.encode(hint_text(config, p))) for p in problems)
-    plain = max(map(len, plain_prompts(config, tokenizers["student"], problems).values()))
-    for name, prompt, after in (("teacher", shown, hint), ("student", plain, 0)):
-        folder = tokenizers[name].folder
-        need = positions(prompt + after, config.sample.max_new_tokens)
-        if need > (have := decoder_config(folder).max_positions):
-            raise InputError(
-                f"{folder}: {need} positions are needed (prompt {prompt}, hint {after}, {config.sample.max_new_tokens} "
-                f"new tokens), the {name} has {have}; lower sample.max_new_tokens or leave out long problems"
-            )
+    for name, tokenizer in tokenizers.items():
+
+        def longest(several: list[Problem], tokenizer: Tokenizer = tokenizer) -> int:
+            return max(map(len, plain_prompts(config, tokenizer, several).values()))
+
+        most, limit = config.sample.max_new_tokens, "sample.max_new_tokens"
+        asked = [(shown, hint, most, limit) if name == "teacher" else (longest(problems), 0, most, limit)]
+        for one, several in evaluation.items():
+            own = config.evaluate.all_sets[one].max_new_tokens
+            asked.append((longest(several), 0, own or most, f"{place(one)}.max_new_tokens" if own else limit))
+        have = decoder_config(tokenizer.folder).max_positions
+        for prompt, after, new, field in asked:
+            if (need := positions(prompt + after, new)) > have:
+                raise InputError(
+                    f"{tokenizer.folder}: {need} positions are needed (prompt {prompt}, hint {after}, {new} new "
+                    f"tokens), the {name} has {have}; lower {field} or leave out long problems"
+                )
 
 
 def _opens_no_thinking(config: Config, teacher: Tokenizer, question: str) -> None:

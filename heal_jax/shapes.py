@@ -6,6 +6,7 @@ The stages and `heal plan` take them from here, so that what is planned is what 
 import dataclasses
 
 from heal_jax.config import Config, SampleSpec
+from heal_jax.sets import Draw
 
 BUCKET = 32  # also a multiple of what vector units work on
 
@@ -112,16 +113,16 @@ def groups(config: Config, repeats: int) -> int:
     return config.sample.batch // members(repeats)
 
 
-def _shape(config: Config, repeats: int, units: int, context: int) -> Shape:
+def _shape(config: Config, repeats: int, units: int, context: int, max_new: int = 0) -> Shape:
     """`units`: how many contexts there are at most; they are dealt out evenly to as few shards as sample.rounds
-    allows."""
+    allows. `max_new`: 0 for sample.max_new_tokens."""
     batch, spec = config.sample.batch // repeats, config.sample
     shards = -(-units // (batch * config.sample.rounds))
-    contexts = -(-units // max(1, shards))
+    contexts, max_new = -(-units // max(1, shards)), max_new or spec.max_new_tokens
     if contexts <= batch:
-        return with_caches(at_once(contexts, repeats, context, spec.max_new_tokens), spec)
+        return with_caches(at_once(contexts, repeats, context, max_new), spec)
     rows = groups(config, repeats), members(repeats)
-    return with_caches(Shape(contexts, repeats, bucket(context), spec.max_new_tokens, *rows), spec)
+    return with_caches(Shape(contexts, repeats, bucket(context), max_new, *rows), spec)
 
 
 def sample_shape(config: Config, problems: int, prompt: int) -> Shape:
@@ -139,9 +140,9 @@ def repair_shape(config: Config, problems: int, context: int) -> Shape:
     return _shape(config, config.gear.repairs, problems * config.gear.paths, context)
 
 
-def evaluate_shape(config: Config, problems: int, prompt: int) -> Shape:
-    """Samples of held-out problems; `prompt`: tokens of their longest prompt."""
-    return _shape(config, config.evaluate.samples, problems, prompt)
+def evaluate_shape(config: Config, draw: Draw, problems: int, prompt: int) -> Shape:
+    """Samples of held-out problems; `prompt`: tokens that their prompts get (`sets.widest`)."""
+    return _shape(config, draw.samples, problems, prompt, draw.max_new_tokens)
 
 
 @dataclasses.dataclass(frozen=True)

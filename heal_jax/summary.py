@@ -3,8 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from heal_jax.evaluate import MODELS, accuracy, interval, problem_means
+from heal_jax.config import GREEDY, MAIN
+from heal_jax.evaluate import MODELS, compared
 from heal_jax.run import Run
+from heal_jax.sets import draws, further
 from heal_jax.store import read_json, write_json
 
 
@@ -34,9 +36,7 @@ def summarise(run: Run) -> dict[str, Any]:
     if "train" in stages:
         summary["training"] = stages["train"]
     if "evaluate" in stages:
-        means = {name: problem_means(run, name) for name in MODELS}
-        summary["accuracy"] = {name: accuracy(run, values) for name, values in means.items()}
-        summary["difference"] = _difference(run, means["heal"] - means["rejection_sampling"])
+        summary |= _evaluation(run)
     work = manifest.get("work", {})
 
     def rate(*names: str) -> float:
@@ -56,12 +56,17 @@ def summarise(run: Run) -> dict[str, Any]:
     return summary
 
 
-def _difference(run: Run, values: Any) -> dict[str, Any]:
-    """Paired by problem: values [problems] are differences."""
-    return {"mean": float(values.mean()), "ci95": interval(values, run.config.evaluate.resamples, run.config.seed)} | {
-        "per_level": {name: {k: v for k, v in part.items() if k != "n"} for name, part in
-                      accuracy(run, values)["per_level"].items()}
-    }  # fmt: skip
+def _evaluation(run: Run) -> dict[str, Any]:
+    """accuracy and difference of the main set, with `greedy` beside them where it is asked for; `sets`, where there are
+    further ones: the same of each, by name.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for draw in draws(run.config):
+        figures = compared(run, draw)
+        found[draw.set] = found[draw.set] | {GREEDY: figures} if draw.greedy else figures
+    main = found.pop(MAIN)
+    accuracy = {"accuracy": {name: main.pop(name) for name in MODELS}}
+    return accuracy | main | ({"sets": found} if found else {})
 
 
 def verdict(root: Path) -> str:
@@ -72,7 +77,14 @@ def verdict(root: Path) -> str:
         levels = "  ".join(f"{level or 'all'} {part['mean']:.1%}" for level, part in figures["per_level"].items())
         low, high = figures["ci95"]
         lines.append(f"{name:<20} {figures['mean']:6.1%}  [{low:.1%}, {high:.1%}]  {levels}")
-    low, high = summary["difference"]["ci95"]
-    lines.append(f"HEAL minus rejection sampling: {summary['difference']['mean']:+.1%} [{low:+.1%}, {high:+.1%}]")
+    lines.append(f"HEAL minus rejection sampling: {_signed(summary['difference'])}")
+    for title, figures in further(summary):
+        means = "  ".join(f"{name} {figures[name]['mean']:.1%}" for name in MODELS)
+        lines.append(f"{title}: {means}  difference {_signed(figures['difference'])}")
     lines.append(f"report: {root / 'report.html'}   student: {root / 'export'}")
     return "\n".join(lines)
+
+
+def _signed(figures: dict[str, Any]) -> str:
+    low, high = figures["ci95"]
+    return f"{figures['mean']:+.1%} [{low:+.1%}, {high:+.1%}]"

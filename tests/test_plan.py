@@ -19,9 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from heal_jax import cli, collect
+from heal_jax import ask, cli, collect
 from heal_jax import evaluate as evaluation
-from heal_jax.config import LoraSpec, load
+from heal_jax.config import EvaluateSet, LoraSpec, ProblemSpec, load
 from heal_jax.errors import InputError, RunError
 from heal_jax.model.config import decoder_config
 from heal_jax.model.kernels import full_attention, scores
@@ -35,6 +35,7 @@ from heal_jax.plan.topology import CHIPS, SLICES, Topology
 from heal_jax.plan.workload import workload
 from heal_jax.progress import Progress
 from heal_jax.run import open_run
+from heal_jax.sets import draws
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "configs" / "tiny.yaml"
@@ -374,7 +375,11 @@ def test_what_other_models_push_over_the_brink_has_no_cost(small):
 
 def test_stages_and_plan_have_the_same_shapes(monkeypatch, tmp_path):
     """What the stages of a real run give `generate`, without running it."""
-    config, seen = load(TINY), []
+    world = ProblemSpec(split="test", counts={"easy": 3})
+    sets = {"long": EvaluateSet(world, samples=8, max_new_tokens=256, greedy=True), "alike": EvaluateSet(world)}
+    dev = EvaluateSet(ProblemSpec(split="dev", counts={"easy": 5}), samples=1, temperature=0.0)
+    tiny, seen = load(TINY), []
+    config = dataclasses.replace(tiny, evaluate=dataclasses.replace(tiny.evaluate, sets=sets, dev=dev))
 
     class Stop(Exception):
         pass
@@ -384,17 +389,28 @@ def test_stages_and_plan_have_the_same_shapes(monkeypatch, tmp_path):
         raise Stop
 
     monkeypatch.setattr(collect, "generate", record)
-    monkeypatch.setattr(evaluation, "generate", record)
+    monkeypatch.setattr(ask, "generate", record)
     with open_run(config, tmp_path / "run", Progress(quiet=True)) as run:
         for stage in (collect.sample, partial(evaluation.evaluate_one, name="teacher")):
             with pytest.raises(Stop):
                 stage(run)
+        with pytest.raises(Stop):
+            ask.dev_accuracy(run, run.student)
+        asked = {draw: [ask.prepare(run, name, draw)[1] for name in run.tokenizers] for draw in draws(config)}
         mesh = run.mesh
     planned = programs(config, workload(config, folders(config), Assumptions()), mesh)
     assert [shape.legs()[0] for shape in seen] == [
         named(planned, "sample").batch,
         named(planned, "evaluate teacher").batch,
+        named(planned, "evaluate student on dev").batch,
     ]
+    stages = ["", " on long", " on long, greedy", " on alike"]
+    assert len(asked) == len(stages)
+    for (draw, shapes), stage in zip(asked.items(), stages):
+        for name, shape in zip(("teacher", "student"), shapes):
+            program = named(planned, f"evaluate {name}{stage}")
+            assert program.batch == shape.legs()[0] and program.steps % draw.max_new_tokens == 0
+            assert program.calls == (1 if name == "teacher" else 3)
 
 
 def test_legs_of_long_rollouts(small):

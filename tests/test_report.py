@@ -150,7 +150,9 @@ def make_run(root: Path, hostile: str = "") -> Path:
         samples = [{"model": model, "problem_id": f"t{i}", "sample": 0, "tokens": [1], "grade": f"wrong{hostile}"}
                    for i in range(9)]  # fmt: skip
         run.shard(f"evaluation/{model}-00000", lambda samples=samples: samples, store.EVALUATION)
-    store.write_json(root / "summary.json", SUMMARY | {"accuracy": accuracy})
+    others = {"greedy": accuracy | {"difference": {"mean": 0.0321, "ci95": [-0.0234, 0.0876]}}}
+    others["sets"] = {f"aime{hostile}": accuracy | {"difference": SUMMARY["difference"]} | others}
+    store.write_json(root / "summary.json", SUMMARY | {"accuracy": accuracy} | others)
     lines = [
         {"event": "train", "model": model, "step": step, "phase": stages[(step - 1) // 100] + hostile,
          "loss": 2.5 * np.exp(-step / 60) + 0.05 * rng.random(), "tokens": step * 9, "loss_tokens": step * 6}
@@ -227,6 +229,9 @@ def test_figures_are_those_of_the_summary(plain):
     assert "does not show a difference" in page.text
     assert page.row("HEAL")[:3] == ["56.8 %52.7 to 60.7", "79.5 %69.5 to 89.5", "34.1 %24.1 to 44.1"]
     assert page.row("Difference")[0] == "+11.1−1.2 to +22.2"
+    others = [page.row(f"{title} n = 80") for title in ("greedy", "aime", "aime, greedy")]
+    assert [row[0] for row in others] == ["61.0 %56.9 to 64.9"] * 3 and others[1][3] == "56.8 %52.7 to 60.7"
+    assert [row[4] for row in others] == ["+3.2−2.3 to +8.8", "+11.1−1.2 to +22.2", "+3.2−2.3 to +8.8"]
     assert [page.row(name)[0] for name in ("problems", "solved", "hard", "of these unsolved")] == ["8", "3", "5", "3"]
     assert page.row("repaired (a repair is kept)") == ["2"]
     assert page.row("candidates") == ["5", "1,154"] and page.row("kept") == ["4", "106"]

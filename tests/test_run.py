@@ -368,7 +368,7 @@ def test_config_survives_its_own_file(tmp_path):
 
 
 def test_the_prompt_template_stands_wherever_a_plain_prompt_does(tmp_path, monkeypatch):
-    from heal_jax import collect, evaluate
+    from heal_jax import ask, collect, evaluate
     from heal_jax.config import load
     from heal_jax.progress import Progress
     from heal_jax.run import open_run
@@ -380,6 +380,7 @@ def test_the_prompt_template_stands_wherever_a_plain_prompt_does(tmp_path, monke
         "problems": {"source": f"jsonl:{tmp_path}/train.jsonl"},
         "train": {"batch": 8},
         "sample": {"prompt": "{question} {x} ="},
+        "train": {"batch": 8},
         "evaluate": {"problems": {"source": f"jsonl:{tmp_path}/test.jsonl", "split": "test"}},
     }
     (tmp_path / "a.yaml").write_text(yaml.safe_dump(settings))
@@ -389,7 +390,7 @@ def test_the_prompt_template_stands_wherever_a_plain_prompt_does(tmp_path, monke
         raise InterruptedError
 
     seen = []
-    for module in (collect, evaluate):
+    for module in (collect, ask):
         monkeypatch.setattr(module, "generate", decode)
     with open_run(load(tmp_path / "a.yaml"), tmp_path / "out", Progress(quiet=True)) as run:
         for stage in (lambda: collect.sample(run), lambda: evaluate.evaluate_one(run, "teacher")):

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from heal_jax.config import Config, ModelSpec, TrainSpec
+from heal_jax.config import DEV, Config, ModelSpec, SampleSpec, TrainSpec
 from heal_jax.errors import InputError
 from heal_jax.model.config import DecoderConfig, decoder_config
 from heal_jax.model.decoder import Model, abstract
@@ -31,6 +31,7 @@ from heal_jax.rollout.decode import READS, STEPS, TURNS, roll_out
 from heal_jax.rollout.generate import Group, batch_arrays, dealt, score_batch
 from heal_jax.rollout.sampling import Rule, rules
 from heal_jax.rollout.score import score
+from heal_jax.sets import draw_of, draws, place, widest
 from heal_jax.shapes import (
     ScoreShape,
     Shape,
@@ -279,11 +280,16 @@ def programs(config: Config, work: Workload, mesh: Mesh) -> list[Program]:
         return Weights(name, decoder_config(folders(config)[name]), spec.dtype)
 
     teacher, student = weights("teacher", config.teacher), weights("student", config.student)
-    for model, prompt, hint in ((teacher, work.shown, work.hint), (student, work.held_out_prompts["student"], 0)):
-        if (need := positions(prompt + hint, config.sample.max_new_tokens)) > model.config.max_positions:
+    asked = [(teacher, work.shown + work.hint, config.sample.max_new_tokens, "sample")]
+    for name, held_out in work.sets.items():
+        draw = draw_of(config, name)
+        where = place(name) if config.evaluate.all_sets[name].max_new_tokens else "sample"
+        asked += [(m, held_out.prompts[m.name], draw.max_new_tokens, where) for m in (teacher, student)]
+    for model, context, most, where in asked:
+        if (need := positions(context, most)) > model.config.max_positions:
             raise InputError(
-                f"{need} positions are needed (sample.max_new_tokens and what comes before), the {model.name} has "
-                f"{model.config.max_positions}; lower sample.max_new_tokens"
+                f"{need} positions are needed ({where}.max_new_tokens and what comes before), the {model.name} has "
+                f"{model.config.max_positions}; lower {where}.max_new_tokens"
             )
     found: list[Program] = []
     for program in _all(config, work, mesh, teacher, student):
@@ -314,13 +320,16 @@ def _all(config: Config, work: Workload, mesh: Mesh, teacher: Weights, student: 
         return math.ceil(units / math.ceil(units / shape.contexts)) if units else 0
 
     def rolled(
-        stage: str, model: Weights, shape: Shape, units: float, *resident: Weights, calls: int = 1
+        stage: str,
+        model: Weights,
+        shape: Shape,
+        units: float,
+        *resident: Weights,
+        calls: int = 1,
+        spec: SampleSpec = config.sample,
     ) -> Iterator[RollOut]:
-        """Every leg of the rollouts' tokens; each rollout has work.decode_steps."""
+        """Every leg of the rollouts' tokens; each rollout has work.decode_steps, or as many as it may."""
         batches, parts = calls * math.ceil(units / shape.contexts), batch_parts(mesh)
-        spec = config.sample
-        if stage.startswith("evaluate"):
-            spec = dataclasses.replace(spec, temperature=config.evaluate.temperature)
         for leg in shape.legs():
             over, there = dealt(leg, parts)[0], filled(shape, units) * shape.repeats // leg.repeats
             tokens = min(work.decode_steps - leg.done, leg.max_new)
@@ -351,6 +360,11 @@ def _all(config: Config, work: Workload, mesh: Mesh, teacher: Weights, student: 
     before = () if config.train.lora.rank else (student,)  # LoRA's frozen weights are those of the student as it was
     yield Train(("train",), student, before, updates, rows=config.train.batch, width=width, spec=config.train)
     # Other models' weights that are in memory then: the student as it was, from before its training on.
-    for model, calls in ((teacher, 1), (student, 3)):
-        shape = evaluate_shape(config, work.held_out, work.held_out_prompts[model.name])
-        yield from rolled(f"evaluate {model.name}", model, shape, work.held_out, student, calls=calls)
+    prompts = {m.name: {name: one.prompts[m.name] for name, one in work.sets.items()} for m in (teacher, student)}
+    for draw in draws(config, dev=True):
+        count = work.sets[draw.set].problems
+        spec = dataclasses.replace(config.sample, temperature=draw.temperature)
+        # Students are put to the dev problems after each of three stages, both of them.
+        for model, calls in ((student, 6),) if draw.set == DEV else ((teacher, 1), (student, 3)):
+            shape = evaluate_shape(config, draw, count, widest(config, draw, prompts[model.name]))
+            yield from rolled(draw.stage(model.name), model, shape, count, student, calls=calls, spec=spec)

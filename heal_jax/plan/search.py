@@ -122,7 +122,8 @@ def candidates(config: Config, topology: Topology, work: Workload) -> Iterator[C
 
 def batches(config: Config, work: Workload) -> list[int]:
     """Values of sample.batch: the config's, and 1, 2, 4 ... times the rollouts of one problem, up to all problems."""
-    largest = max(config.sample.n, config.hindsight.n, config.gear.repairs, config.evaluate.samples)
+    samples = [one.samples for one in config.evaluate.all_sets.values()]
+    largest = max(config.sample.n, config.hindsight.n, config.gear.repairs, *samples)
     groups = [2**i for i in range(work.problems.bit_length())]
     own = [config.sample.n * n for n in groups if config.sample.n * n >= largest]
     return sorted({*own, config.sample.batch})

@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from heal_jax.config import MAIN
 from heal_jax.plan import backend
 from heal_jax.plan.cost import Cost
 from heal_jax.plan.estimate import Estimate
@@ -104,7 +105,7 @@ def _collectives(plan: Slice) -> Table:
 
 def _run(plan: Slice) -> Table:
     columns = ["program", "calls", "time a call", "hours", "chip-hours"] + (["cost"] if plan.price else [])
-    table = _table(f"Whole run: {plan.work.problems} problems, {plan.work.held_out} held out", *columns)
+    table = _table(f"Whole run: {plan.work.problems} problems, {plan.work.sets[MAIN].problems} held out", *columns)
     for e in plan.estimates:
         hours = e.chip_hours
         cells = [f"{e.program.calls:,.0f}", _time(e.seconds), _digits(hours / plan.topology.chips), _digits(hours)]

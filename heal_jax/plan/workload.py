@@ -5,29 +5,37 @@ import dataclasses
 import math
 from pathlib import Path
 
-from heal_jax.config import Config, ProblemSpec
+from heal_jax.config import MAIN, Config, ProblemSpec
 from heal_jax.model.lm import open_tokenizer
 from heal_jax.plan.assumptions import Assumptions
 from heal_jax.problems.hygiene import clean
 from heal_jax.problems.sources import Problem, at_hand, load
 from heal_jax.run import hindsight_question, hint_text, plain_question
+from heal_jax.sets import draw_of, grader, place
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 @dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """Problems of an evaluation set; tokens of their longest prompt, as teacher and student have it."""
+
+    problems: int
+    prompts: dict[str, int]
+
+
+@dataclasses.dataclass(frozen=True)
 class Workload:
-    """Tokens of the longest prompt, prompt with the answer shown, hint, kept prefix and held-out prompt (as teacher and
-    student have it); problems; decode steps of a rollout; shares of hard and unsolved problems; what was assumed.
+    """Tokens of the longest prompt, prompt with the answer shown, hint and kept prefix; problems; evaluation sets by
+    name; decode steps of a rollout; shares of hard and unsolved problems; what was assumed.
     """
 
     prompt: int
     shown: int
     hint: int
     kept: int
-    held_out_prompts: dict[str, int]
     problems: int
-    held_out: int
+    sets: dict[str, HeldOut]
     decode_steps: int
     hard: float
     unsolved: float
@@ -37,9 +45,12 @@ class Workload:
 def workload(config: Config, folders: dict[str, Path], assumptions: Assumptions) -> Workload:
     """Measure what can be measured. Raises InputError for problems that are there and wrong."""
     a = assumptions
-    train = _problems(config.problems, config, "problems")
-    test = _problems(config.evaluate.problems, config, "evaluate.problems")
-    train, _ = clean(train, test, config.hygiene)
+    train = _problems(config.problems, config.grade.by, "problems")
+    asked = config.evaluate.all_sets
+    tests = {
+        name: _problems(one.problems, grader(config, one), f"{place(name)}.problems") for name, one in asked.items()
+    }
+    train, _ = clean(train, [p for test in tests.values() for p in test], config.hygiene)
     assumed: list[str] = []
 
     def choose(given: int | None, measured: int | None, default: int, what: str) -> int:
@@ -62,20 +73,26 @@ def workload(config: Config, folders: dict[str, Path], assumptions: Assumptions)
     prompt = choose(a.prompt_tokens, measured["prompt"], 512, "prompt tokens")
     hint = choose(a.hint_tokens, measured["hint"], 64, "hint tokens")
     shown = measured["shown"] if a.prompt_tokens is None and measured["shown"] is not None else prompt + hint
-    held_out_prompts = dict.fromkeys(folders, prompt)
-    if tokenizers and test and a.prompt_tokens is None:
-        held_out_prompts = {
-            name: max(len(t.prompt(plain_question(config, p))) for p in test) for name, t in tokenizers.items()
-        }
     kept = choose(a.kept_tokens, None, math.ceil(config.gear.window * most), "kept prefix of at most")
     problems = choose(a.problems, len(train) if train else None, 1000, "problems")
-    held_out = choose(a.held_out, len(test) if test else None, 500, "held-out problems")
-    steps = choose(a.decode_steps, None, most, "decode steps a rollout")
+
+    def held_out(name: str, test: list[Problem]) -> HeldOut:
+        """--held-out is the number of the main set's problems, and of sets that are not there."""
+        given = a.held_out if name == MAIN or not test else None
+        count = choose(given, len(test) or None, 500, f"held-out problems{f' of {name}' if name else ''}")
+        if not tokenizers or not test or a.prompt_tokens is not None:
+            return HeldOut(count, dict.fromkeys(folders, prompt))
+        longest = {m: max(len(t.prompt(plain_question(config, p))) for p in test) for m, t in tokenizers.items()}
+        return HeldOut(count, longest)
+
+    sets = {name: held_out(name, test) for name, test in tests.items()}
+    longest = max(most, *(draw_of(config, name).max_new_tokens for name in asked))
+    steps = choose(a.decode_steps, None, longest, "decode steps a rollout")
     assumed += [f"hard {a.hard:.0%} of the problems", f"unsolved {a.unsolved:.0%}"]
-    lengths = prompt, shown, hint, kept, held_out_prompts
-    return Workload(*lengths, problems, held_out, steps, a.hard, a.unsolved, tuple(assumed))
+    lengths = prompt, shown, hint, kept
+    return Workload(*lengths, problems, sets, steps, a.hard, a.unsolved, tuple(assumed))
 
 
-def _problems(spec: ProblemSpec, config: Config, where: str) -> list[Problem]:
+def _problems(spec: ProblemSpec, by: str, where: str) -> list[Problem]:
     """The problems, none where they are not on this machine (yet): nothing is fetched."""
-    return load(spec, config.grade.by, where) if at_hand(spec) else []
+    return load(spec, by, where) if at_hand(spec) else []

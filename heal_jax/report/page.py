@@ -16,6 +16,7 @@ from heal_jax.config import flatten, to_dict
 from heal_jax.report import figures, repairs
 from heal_jax.report.data import RunData, grades, load
 from heal_jax.report.markup import Html, join, number, percent, points, script_json, table, tag
+from heal_jax.sets import further
 
 STAGES = ("sample", "hindsight", "repair", "curate", "train", "evaluate", "export")
 
@@ -112,6 +113,19 @@ def did_it_help(run: RunData) -> Iterable[Html]:
             "paired by problem.",
             class_="caption",
         )
+    if others := further(run.summary):
+        names = [*figures.MODELS]
+        rows = [
+            [
+                join([title, tag("small", f" n = {found[names[0]]['n']}")]),
+                *(_interval(found.get(model)) for model in names),
+                _interval(found.get("difference"), points),
+            ]
+            for title, found in others
+        ]
+        yield tag("h3", "Also evaluated")
+        yield table(["", *figures.MODELS.values(), "Difference"], rows)
+        yield tag("p", "Further sets, and one greedy sample a problem; levels are in summary.json.", class_="caption")
     counted = grades(run.evaluation)
     if counted:
         kinds = sorted({grade for model in counted.values() for grade in model}, key=lambda g: (g != "correct", g))

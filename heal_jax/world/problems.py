@@ -11,7 +11,9 @@ a hash of its question, so the four splits are disjoint whatever the seeds.
 """
 
 import hashlib
+import json
 import re
+import sys
 from collections.abc import Iterator
 
 import reasoning_gym
@@ -103,3 +105,17 @@ def take(split: str, counts: dict[str, int], seed: int) -> list[tuple[int, str, 
             left[item[1]] -= 1
             out.append(item)
     return out
+
+
+def json_lines(split: str, count: int) -> str:
+    """The first `count` problems of each level, as a `jsonl:` source or another tool reads them."""
+    taken = take(split, dict.fromkeys(LEVELS, count), seed=0)
+    rows = [
+        {"id": f"sums-{split}-0-{index}", "level": level, "question": question, "answer": answer}
+        for index, level, question, answer in taken
+    ]
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json_lines(sys.argv[1], int(sys.argv[2])))
