@@ -1,6 +1,7 @@
 """The evaluation sets of a run: their problems, and what each model is asked for of them."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -64,17 +65,21 @@ def widest(config: Config, draw: Draw, longest: Mapping[str, int]) -> int:
     return max(longest[name] for name in ([draw.set] if draw.set in (MAIN, DEV) else alike))
 
 
-def grader(config: Config, one: EvaluateSet) -> str:
-    """How a set's answers are checked: auto, or what checks them."""
-    return config.grade.by if one.by == "run" else one.by
+def load_set(config: Config, name: str) -> list[Problem]:
+    """The problems of one set. Raises InputError where they cannot be loaded."""
+    one: EvaluateSet = config.evaluate.all_sets[name]
+    by, field = (config.grade.by, "grade.by") if one.by == "run" else (one.by, f"{place(name)}.by")
+    try:
+        return load(one.problems, by, f"{place(name)}.problems")
+    except InputError as error:
+        raise InputError(re.sub(r"^grade\.by\b", field, str(error))) from None
 
 
 def load_sets(config: Config) -> dict[str, list[Problem]]:
     """The problems of every set, by its name. Raises InputError where one cannot be loaded, and where a dev problem is
     in another set: what is chosen by must not be what is reported.
     """
-    asked = config.evaluate.all_sets
-    found = {name: load(one.problems, grader(config, one), f"{place(name)}.problems") for name, one in asked.items()}
+    found = {name: load_set(config, name) for name in config.evaluate.all_sets}
     chosen_by = {" ".join(p.question.split()) for p in found.get(DEV, [])}
     for name, several in found.items():
         shared = [p for p in several if name != DEV and " ".join(p.question.split()) in chosen_by]

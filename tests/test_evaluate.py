@@ -45,6 +45,7 @@ SETS = {
         "by": "exact", "samples": 4, "temperature": 0.5, "max_new_tokens": 120, "greedy": True,
     },
 }  # fmt: skip
+OWN = Path(__file__).parents[1] / "configs" / "lm_eval" / "heal_sums.jsonl"
 DEV = {"problems": {"source": "world:sums", "counts": {"easy": 2, "medium": 1}}}
 
 
@@ -251,13 +252,12 @@ def test_sets_of_the_file_are_fields_of_the_command_line(tmp_path, capsys):
         ({"sets": {"a": 3}}, "evaluate.sets.a: 3 is not a mapping"),
         ({"sets": {"a": {"problems": {"counts": {}}}}}, "evaluate.sets.a.problems.counts: world:sums needs"),
         ({"sets": {"a": {"problems": {"source": "jsonl:none.jsonl"}}}}, "none.jsonl: no such problem file"),
-        ({"sets": {"a": {"problems": {"split": "train", "counts": {"easy": 1}}}}}, "are training problems too"),
+        ({"sets": {"a": {"problems": {"source": f"jsonl:{OWN}"}, "by": "reasoning_gym"}}},
+         "evaluate.sets.a.by: reasoning_gym has no scorer"),
         ({"sets": {"a": {"problems": {"counts": {"easy": 1}}, "max_new_tokens": 4096}}},
          "the teacher has 512; lower evaluate.sets.a.max_new_tokens"),
         ({"dev": {"problems": {"source": "world:sums", "split": "test", "counts": {"easy": 1}}}},
          "evaluate.dev: 1 of its problems are in evaluate too"),
-        ({"dev": {"problems": {"source": "world:sums", "split": "train", "counts": {"easy": 1}}}},
-         "are training problems too"),
         ({"dev": {"greedy": True}}, "evaluate.dev.greedy"),
     ],
 )  # fmt: skip
@@ -266,6 +266,16 @@ def test_a_bad_set_is_one_line_and_writes_nothing(tmp_path, capsys, evaluation, 
     assert heal(["run", str(path), "--out", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err.strip()
     assert says in said and "\n" not in said and not (tmp_path / "out").exists()
+
+
+def test_nothing_that_a_set_asks_is_trained_on(tmp_path):
+    """Nor what dev asks."""
+    asked = {level: {"source": "world:sums", "split": "train", "counts": {level: 1}} for level in ("easy", "hard")}
+    path = configured(tmp_path / "a.yaml", sets={"a": {"problems": asked["easy"]}}, dev={"problems": asked["hard"]})
+    with open_run(load(path), tmp_path / "run", Progress(quiet=True)) as run:
+        held_out = {p.id for p in (*run.evaluation["a"], *run.evaluation["dev"])}
+        every = {p.id for p in load_problems(run.config.problems, "auto")}
+        assert len(held_out) == 2 and held_out < every and {p.id for p in run.problems} == every - held_out
 
 
 def test_the_task_for_lm_eval_asks_what_we_ask():

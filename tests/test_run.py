@@ -380,7 +380,6 @@ def test_the_prompt_template_stands_wherever_a_plain_prompt_does(tmp_path, monke
         "problems": {"source": f"jsonl:{tmp_path}/train.jsonl"},
         "train": {"batch": 8},
         "sample": {"prompt": "{question} {x} ="},
-        "train": {"batch": 8},
         "evaluate": {"problems": {"source": f"jsonl:{tmp_path}/test.jsonl", "split": "test"}},
     }
     (tmp_path / "a.yaml").write_text(yaml.safe_dump(settings))

@@ -5,13 +5,13 @@ import dataclasses
 import math
 from pathlib import Path
 
-from heal_jax.config import MAIN, Config, ProblemSpec
+from heal_jax.config import MAIN, Config
 from heal_jax.model.lm import open_tokenizer
 from heal_jax.plan.assumptions import Assumptions
 from heal_jax.problems.hygiene import clean
 from heal_jax.problems.sources import Problem, at_hand, load
 from heal_jax.run import hindsight_question, hint_text, plain_question
-from heal_jax.sets import draw_of, grader, place
+from heal_jax.sets import draw_of, load_set
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -45,11 +45,10 @@ class Workload:
 def workload(config: Config, folders: dict[str, Path], assumptions: Assumptions) -> Workload:
     """Measure what can be measured. Raises InputError for problems that are there and wrong."""
     a = assumptions
-    train = _problems(config.problems, config.grade.by, "problems")
     asked = config.evaluate.all_sets
-    tests = {
-        name: _problems(one.problems, grader(config, one), f"{place(name)}.problems") for name, one in asked.items()
-    }
+    # What is not on this machine (yet) counts as none: nothing is fetched.
+    train = load(config.problems, config.grade.by) if at_hand(config.problems) else []
+    tests = {name: load_set(config, name) if at_hand(one.problems) else [] for name, one in asked.items()}
     train, _ = clean(train, [p for test in tests.values() for p in test], config.hygiene)
     assumed: list[str] = []
 
@@ -91,8 +90,3 @@ def workload(config: Config, folders: dict[str, Path], assumptions: Assumptions)
     assumed += [f"hard {a.hard:.0%} of the problems", f"unsolved {a.unsolved:.0%}"]
     lengths = prompt, shown, hint, kept
     return Workload(*lengths, problems, sets, steps, a.hard, a.unsolved, tuple(assumed))
-
-
-def _problems(spec: ProblemSpec, by: str, where: str) -> list[Problem]:
-    """The problems, none where they are not on this machine (yet): nothing is fetched."""
-    return load(spec, by, where) if at_hand(spec) else []
