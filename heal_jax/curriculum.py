@@ -9,9 +9,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from heal_jax import pace
-from heal_jax.config import MAIN, LogSpec, to_dict
+from heal_jax.ask import dev_accuracy
+from heal_jax.config import DEV, MAIN, LogSpec, to_dict
 from heal_jax.errors import InputError, RunError
 from heal_jax.model.config import decoder_config
+from heal_jax.model.decoder import Model
+from heal_jax.model.lora import merged
 from heal_jax.processes import once, primary
 from heal_jax.run import Run
 from heal_jax.sets import draw_of
@@ -183,10 +186,11 @@ def train_students(run: Run) -> None:
     spec = run.config.log if primary() else LogSpec()
     for name in STUDENTS:
         with tracking(spec, run.root, name, to_dict(run.config)) as track:
-            done = train_one(run, name, phases[name], length, track).progress
+            _, done, dev = train_one(run, name, phases[name], length, track)
         accounts[name] = {
             "phases": [{"name": p.name, "examples": len(p.examples), "steps": p.steps} for p in phases[name]],
             **{field: getattr(done, field) for field in ("tokens", "loss_tokens", "skipped")},
+            **({"dev": {str(step): accuracy for step, accuracy in dev.items()}} if dev else {}),
             "packing": round(done.tokens / (done.step * run.config.train.batch * length), 4) if done.step else None,
         }
     run.directory.finish("train", (), length=length, **accounts)
@@ -219,7 +223,9 @@ def training_plan(run: Run) -> tuple[dict[str, list[Phase]], int]:
         joined = [e for i in group for e in stages[i]]
         distinct = tuple(joined[i] for i in pace.pool([e.tokens for e in joined]))
         heal.append(Phase("stage " + "+".join(str(i + 1) for i in group), distinct, n))
-    baseline = [Phase("stage 1", tuple(stages[0]), spec.steps)] if stages[0] else []
+    # Where checkpoints are chosen by dev problems, the baseline's are assessed at the same steps.
+    parts = steps if DEV in run.evaluation else [spec.steps]
+    baseline = [Phase("stage 1", tuple(stages[0]), n) for n in parts] if stages[0] else []
     length = row_length([e for stage in stages for e in stage], spec.row_tokens)
     return {"heal": heal, "rejection_sampling": baseline}, length
 
@@ -243,6 +249,12 @@ def train_one(
         run.progress.update(stage, metrics["step"], run.config.train.steps, note, made)
         track(metrics["step"], {key: x for key, x in metrics.items() if isinstance(x, float)})
 
+    def assess(model: Model) -> float:
+        accuracy = dev_accuracy(run, run.student.with_params(merged(model)))
+        run.log("dev", model=name, accuracy=accuracy)
+        run.progress.say(f"{stage}: {accuracy:.1%} of the dev samples are right")
+        return accuracy
+
     return train(
         run.student.model,
         phases,
@@ -255,4 +267,5 @@ def train_one(
         mesh=run.mesh,
         log=log,
         say=run.progress.say,
+        assess=assess if DEV in run.evaluation else None,
     )

@@ -65,15 +65,33 @@ def reopened(run: Path, config: Path, *stages: str) -> None:
 
 @pytest.fixture(scope="module")
 def several(tiny, tmp_path_factory):
-    """The tiny run's students put to further sets, and the config."""
+    """The tiny run's curriculum, with students chosen by dev problems and put to further sets, and the config."""
     folder = tmp_path_factory.mktemp("several")
     out, config = folder / "run", configured(folder / "a.yaml", greedy=True, sets=SETS, dev=DEV)
     shutil.copytree(tiny[0], out)
-    reopened(out, config, "evaluate")
-    process = start("evaluate", config, "--out", out)
+    shutil.rmtree(out / "checkpoints")
+    reopened(out, config, "train", "evaluate", "export")
+    process = start("run", config, "--out", out, "--until", "evaluate")
     _, stderr = process.communicate()
     assert process.returncode == 0, stderr
     return out, config
+
+
+def test_students_are_those_that_are_best_on_dev_problems(several):
+    """Assessed at the same steps; what is evaluated has the weights of the best."""
+    out, _ = several
+    summary = json.loads((out / "summary.json").read_text())
+    for student in ("heal", "rejection_sampling"):
+        found = summary["training"][student]
+        ends = np.cumsum([phase["steps"] for phase in found["phases"]])
+        assert list(found["dev"]) == [str(end) for end in ends] and len(ends) == 3
+        best = max(found["dev"], key=lambda step: (found["dev"][step], int(step)))
+        assert {best, str(ends[-1])} <= {path.name for path in (out / "checkpoints" / student).iterdir()}
+    events = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    said = [(event["model"], event["accuracy"]) for event in events if event["event"] == "dev"]
+    assert said == [
+        (name, x) for name in ("heal", "rejection_sampling") for x in summary["training"][name]["dev"].values()
+    ]
 
 
 FOLDERS = {"": ".", "greedy": "greedy", "fresh": "fresh", "chain": "chain", "chain, greedy": "chain/greedy"}
