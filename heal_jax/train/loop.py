@@ -228,11 +228,12 @@ def train(
                 metadata = {"training": identity, "progress": dataclasses.asdict(progress), "data": data}
                 once(functools.partial(require_room, folder, state))
                 checkpoints.save(at.step, state, metadata)
-                assess_once()
                 saved_at = time.monotonic()
-            if now == "stop":
+            if now == "stop":  # what is to be assessed is, on going on
                 checkpoints.wait()
                 signals.stop()
+            if at.ends:
+                assess_once()
         checkpoints.wait()
         if checkpoints.best not in (None, progress.step):
             state = checkpoints.load(checkpoints.best, target)
