@@ -1,5 +1,6 @@
 """A student with another tokenizer, chat template and EOS than its teacher: the tiny run through all stages."""
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -21,7 +22,7 @@ from heal_jax.problems.sources import load
 from heal_jax.progress import Progress
 from heal_jax.run import open_run
 from heal_jax.store import RunDirectory
-from heal_jax.train.data import batches, read_stage
+from heal_jax.train.data import batches, read_stage, unpack
 from heal_jax.world import model_folder
 
 HELD_OUT = ProblemSpec(split="test", counts={"easy": 2, "medium": 2, "hard": 2})
@@ -57,8 +58,9 @@ def test_examples_are_the_students_own_ids(own):
             assert theirs.decode(example.tokens[: example.prompt_length]) == prompt
             assert list(example.tokens[:-1]) == theirs.encode(prompt) + theirs.encode(said)
             assert example.tokens[-1] == 2 and "Hint" not in said
-            tokens, mask = next(batches([example], 1, 320, 0, pad_id=0))
-            learned = tokens[0][mask[0]].tolist()
+            with contextlib.closing(batches([example], 1, len(example.tokens), 0, pad_id=0)) as stream:
+                batch, _ = unpack(next(stream))
+            learned = batch.tokens[batch.mask].tolist()
             assert theirs.decode(learned) == said + "<|im_end|>" and learned[-1] == 2
             seen.append(example.rollout_id)
             teacher_tokens += len(row["tokens"])
