@@ -136,11 +136,9 @@ def test_dropped_texts_are_counted(own, tmp_path):
     config = load_config(out / "config.yaml")
     config = dataclasses.replace(config, student=ModelSpec(str(folder)))
     (out / "config.yaml").write_text(dump(config))
-    manifest = json.loads((out / "manifest.json").read_text())
-    del manifest["models"]["student"]
-    for stage in ("curate", "train", "evaluate", "export"):
-        del manifest["stages"][stage]
-    (out / "manifest.json").write_text(json.dumps(manifest))
+    directory = RunDirectory(out)
+    del directory.manifest["models"]["student"]
+    directory.forget("curate", "train", "evaluate", "export")
     with open_run(config, out, Progress(quiet=True)) as run:
         curate(run)
         told = run.directory.done("curate")["retokenised"]

@@ -16,8 +16,8 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from heal_jax.errors import RunError, out_of_memory
-from heal_jax.processes import count, once, primary
+from heal_jax.errors import InputError, RunError, out_of_memory
+from heal_jax.processes import count, primary
 from heal_jax.store import file_sha256, read_json, set_aside, write_json
 
 KEEP = 2  # checkpoints: the latest, and the one before in case the latest is damaged
@@ -57,8 +57,7 @@ class Checkpoints:
 
     def __init__(self, orbax: ocp.training.Checkpointer, folder: Path, kept: _Kept):
         self.orbax, self.folder, self._kept = orbax, folder, kept
-        path = folder / DEV
-        self.dev: dict[int, float] = {int(k): v for k, v in read_json(path).items()} if path.is_file() else {}
+        self.dev = _read_dev(folder)
         self._kept.best = self.best
         self._pool = ThreadPoolExecutor(1, "checksums")
         self._sums: Future[None] | None = None
@@ -75,7 +74,7 @@ class Checkpoints:
     @property
     def best(self) -> int | None:
         """The step that is best on the dev problems, of equals the latest; None where nothing was assessed."""
-        return max(self.dev, key=lambda step: (self.dev[step], step), default=None)
+        return _best(self.dev)
 
     def assessed(self, step: int, accuracy: float) -> None:
         """Note a step's accuracy on the dev problems."""
@@ -85,10 +84,7 @@ class Checkpoints:
             write_json(self.folder / DEV, self.dev)
 
     def load(self, step: int, target: dict[str, Any]) -> dict[str, Any]:
-        """A state saved before, placed as in `target`. Raises RunError where it is not there whole."""
-        path = self.folder / str(step)
-        if not once(lambda: path.is_dir() and not _damaged(path)):
-            raise RunError(f"{path}: the best checkpoint is damaged or gone; remove {self.folder} to train anew")
+        """A state saved before, placed as in `target`."""
         return self.orbax.load(step, target)
 
     def wait(self) -> None:
@@ -176,8 +172,22 @@ def restore(
     return state, progress, data
 
 
+def _best(dev: dict[int, float]) -> int | None:
+    return max(dev, key=lambda step: (dev[step], step), default=None)
+
+
+def _read_dev(folder: Path) -> dict[int, float]:
+    """Raises InputError where it is damaged."""
+    path = folder / DEV
+    try:
+        return {int(step): float(accuracy) for step, accuracy in read_json(path).items()} if path.is_file() else {}
+    except (AttributeError, TypeError, ValueError):
+        raise InputError(f"{path}: damaged") from None
+
+
 def keep_whole(folder: Path) -> list[str]:
-    """Leave a folder with a whole checkpoint as its latest, or with none, for one process to call. Lines to say.
+    """Leave a folder with a whole checkpoint as its latest, and the best up to it whole, too, or with none, for one
+    process to call. Lines to say.
 
     What Orbax was writing is removed, and so are steps without its commit file or without checksums: a save or a copy
     was cut short, yet Orbax may list it as whole. Those with other checksums are damaged: they are renamed
@@ -193,9 +203,28 @@ def keep_whole(folder: Path) -> list[str]:
             shutil.rmtree(step, ignore_errors=True)
         elif damaged := _damaged(step):
             lines.append(f"note: {step}: {damaged}; set aside as {set_aside(step, '.damaged').name}")
+        elif without := _without_best(folder, steps, number):
+            lines.append(without)
+            for path in steps.values():
+                shutil.rmtree(path, ignore_errors=True)
+            break
         else:
             return [f"{line}; training goes on from {step}" for line in lines]
     return [f"{line}; training starts anew" for line in lines]
+
+
+def _without_best(folder: Path, steps: dict[int, Path], latest: int) -> str:
+    """What is wrong with the checkpoint that is best on dev problems, of those up to the latest; nothing where it is
+    whole."""
+    try:
+        best = _best({step: accuracy for step, accuracy in _read_dev(folder).items() if step <= latest})
+    except InputError as error:
+        (folder / DEV).unlink()
+        return f"note: {error}"
+    if best is None or best == latest:
+        return ""
+    damaged = _damaged(steps[best]) if best in steps and steps[best].is_dir() else "gone"
+    return f"note: {folder / str(best)}: the best checkpoint is {damaged}" if damaged else ""
 
 
 def _damaged(step: Path) -> str:
