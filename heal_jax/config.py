@@ -253,7 +253,7 @@ class LoraSpec:
 class TrainSpec:
     """Optimizer steps of the student, for HEAL and for the baseline alike."""
 
-    steps: Count = 400
+    steps: Count = 600
     """Optimizer steps in all, over the three stages."""
     batch: Count = 4
     """Rows a step, for the two students alike; a mesh splits them."""
