@@ -88,6 +88,9 @@ READ = {
     *("decoder_sparse_step", "mlp_only_layers"),
 }
 
+LARGEST = 2**53
+MOST = {"num_hidden_layers": 1000, "num_experts": 4096, "num_local_experts": 4096}
+
 # Of those, what only some families read: where another has it, who wrote it meant something that is not computed.
 ONLY_IN: dict[str, tuple[str, ...]] = {
     "attention_bias": ("llama", "qwen3", "qwen3_moe", "gemma3_text"),
@@ -151,6 +154,8 @@ def parse(raw: dict[str, Any], where: str = "config.json") -> DecoderConfig:
             raise InputError(
                 f"{where}: {name}={raw[name]!r} is not supported for {family}, whose models do not read it"
             )
+    for name in sorted(READ & set(raw)):
+        _not_huge(raw[name], name, where)
     hf = _normalised(raw, family, where)
 
     def integer(name: str, value: Any) -> int:
@@ -177,7 +182,8 @@ def parse(raw: dict[str, Any], where: str = "config.json") -> DecoderConfig:
     experts: dict[str, Any] = {}
     if family == "qwen3_moe":
         step = integer("decoder_sparse_step", hf.decoder_sparse_step)
-        dense = {i for i in range(layers) if (i + 1) % step} | set(hf.mlp_only_layers or [])
+        only = set(hf.mlp_only_layers or [])
+        dense = {i for i in range(layers) if (i + 1) % step or i in only}
         experts = {
             "experts": field("num_experts"),
             "experts_per_token": field("num_experts_per_tok"),
@@ -212,6 +218,14 @@ def parse(raw: dict[str, Any], where: str = "config.json") -> DecoderConfig:
         gemma=gemma,
         **experts,
     )
+
+
+def _not_huge(value: Any, name: str, where: str) -> None:
+    """Raise InputError for numbers that no model has, before anything is as long as they say."""
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _not_huge(inner, name, where)
+    if isinstance(value, int) and abs(value) > (most := MOST.get(name, LARGEST)):
+        raise InputError(f"{where}: {name} is out of range, allowed: at most {most}")
 
 
 def _normalised(raw: dict[str, Any], family: str, where: str) -> Any:

@@ -65,9 +65,10 @@ def _files(folder: Path) -> dict[str, Path]:
         items = [(str(tensor), str(name)) for tensor, name in weight_map.items()]
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise InputError(f"{index}: not a safetensors index; restore the file from its source") from None
+    there = {path.name for path in folder.iterdir() if path.is_file()}
     for name in dict.fromkeys(name for _, name in items):
-        if Path(name).name != name or not (folder / name).is_file():
-            raise InputError(f"{index}: {name!r} is not a file in this folder")
+        if name not in there:
+            raise InputError(f"{index}: {name[:200]!r} is not a file in this folder")
     return {tensor: folder / name for tensor, name in items}
 
 

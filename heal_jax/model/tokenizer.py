@@ -7,8 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
 
+from heal_jax.deadline import deadline
 from heal_jax.errors import InputError
 
 # For templates that ask for the date: prompts must not change overnight. Llama 3.2's own default.
@@ -17,6 +19,8 @@ TODAY = (
     "26 July 2024{%- else -%}26 Jul 2024{%- endif -%}{%- endmacro -%}"
 )
 WHITE_SPACE = " \t\n\r\v\f"  # what makes a step blank; ASCII only, since wider white space may be split over tokens
+TEMPLATE_SECONDS = 10.0  # for one prompt; templates take less than a millisecond, and may loop
+LONGEST_PROMPT = 1 << 20  # characters, more than any model has positions for: a template may make text without end
 LONGEST_CHARACTER = 4  # bytes of UTF-8, so at most as many tokens
 
 
@@ -65,6 +69,7 @@ class Tokenizer:
             self.hf = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         except Exception as error:  # the library raises many kinds for a broken folder
             raise InputError(f"{folder}: no usable tokenizer ({' '.join(str(error).split())[:200]})") from None
+        self.hf.model_max_length = LONGEST_PROMPT  # whether a text fits is checked against the model's positions
         # Tokens that were added beyond the model's vocabulary (Gemma 3's for images) are refused where a text has one.
         vocabulary, added = self.hf.get_vocab(), self.hf.get_added_vocab()
         self._known = {i for i in vocabulary.values() if i < vocab_size}
@@ -86,16 +91,16 @@ class Tokenizer:
             if path.is_file():
                 try:
                     value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-                except (ValueError, AttributeError):
+                except (ValueError, AttributeError, RecursionError):
                     raise InputError(f"{path}: not a JSON object; restore the file from its source") from None
                 ids += value if isinstance(value, list) else [value]
-        found = tuple(dict.fromkeys(i for i in ids if i is not None))
+        found = [i for i in ids if i is not None]
         if not found or any(not isinstance(i, int) or not 0 <= i < self.vocab_size for i in found):
             raise InputError(
                 f"{self.folder}: no valid eos_token_id in tokenizer, generation_config.json or config.json "
-                f"(found: {list(found)}; the model's vocabulary ends at {self.vocab_size - 1}); restore the files"
+                f"(found: {str(found)[:200]}; the model's vocabulary ends at {self.vocab_size - 1}); restore the files"
             )
-        return found
+        return tuple(dict.fromkeys(found))
 
     @functools.cached_property
     def turn_end(self) -> int:
@@ -108,15 +113,15 @@ class Tokenizer:
         after = ""
         if self.hf.chat_template is not None:
             with contextlib.suppress(Exception):  # a template may know no finished turn: nothing follows one then
-                _, found, rest = str(
-                    self.hf.apply_chat_template(turns, tokenize=False, chat_template=self._template)
-                ).rpartition(said)
+                _, found, rest = self._render(turns).rpartition(said)
                 after = rest if found else ""
         return next((i for i in self.encode(after) if i in self.eos_ids), self.eos_ids[0])
 
-    @property
+    @functools.cached_property
     def _template(self) -> str:
         template = str(self.hf.get_chat_template())
+        if any(token[1:] == ("operator", "**") for token in jinja2.Environment().lex(template)):
+            raise ValueError("it raises numbers to powers, which may take for ever")
         return TODAY + template if "strftime_now" in template else template
 
     def prompt(self, question: str) -> list[int]:
@@ -125,14 +130,29 @@ class Tokenizer:
         Raises InputError where the template is broken.
         """
         if self.hf.chat_template is None:
-            return self._checked(self.hf.encode(question))
-        turn = [{"role": "user", "content": question}]
+            return self._encode(question, True)
         try:
-            settings: dict[str, Any] = {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
-            ids = self.hf.apply_chat_template(turn, chat_template=self._template, **settings)
+            text = self._render([{"role": "user", "content": question}], add_generation_prompt=True)
         except Exception as error:  # whatever a template from elsewhere raises
-            reason = " ".join(str(error).split())[:200]
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise InputError(f"{self.folder}: its chat template cannot be applied ({reason}); restore it") from None
+        return self._encode(text)
+
+    def _render(self, turns: list[dict[str, str]], **settings: Any) -> str:
+        """The text that the chat template makes of turns. Raises whatever the template does."""
+        with deadline(TEMPLATE_SECONDS):
+            text = str(self.hf.apply_chat_template(turns, tokenize=False, chat_template=self._template, **settings))
+        if len(text) > LONGEST_PROMPT:
+            raise ValueError(f"it makes a prompt of {len(text)} characters")
+        return text
+
+    def _encode(self, text: str, special: bool = False) -> list[int]:
+        """Ids of text. Raises InputError where there are none, or the model has no such token."""
+        try:
+            ids = self.hf.encode(text, add_special_tokens=special)
+        except Exception as error:  # such as a vocabulary without the token for what is unknown
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"{self.folder}: its tokenizer cannot encode {text[:40]!r} ({reason})") from None
         return self._checked(ids)
 
     def _checked(self, ids: Any) -> list[int]:
@@ -146,10 +166,9 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of text inside a turn: no special tokens added, and no space before it, where the tokenizer can."""
-        ids = self._checked(self.hf.encode(text, add_special_tokens=False))
+        ids = self._encode(text)
         if self._after_anchor(ids) != text:  # some put a space before the first word of whatever they encode
-            line = list(self.hf.encode("\n", add_special_tokens=False))
-            second = list(self.hf.encode("\n" + text, add_special_tokens=False))
+            line, second = self._encode("\n"), self._encode("\n" + text)
             if second[: len(line)] == line and self._after_anchor(second[len(line) :]) == text:
                 return second[len(line) :]
         return ids
@@ -178,7 +197,7 @@ class Tokenizer:
     @functools.cached_property
     def _anchor(self) -> tuple[list[int], int]:
         """A token to decode after, and the length of its text: some decoders strip what begins a text."""
-        ids = list(self.hf.encode("a", add_special_tokens=False))[-1:]
+        ids = self._encode("a")[-1:]
         return ids, len(self._decode(ids))
 
     @functools.cached_property
@@ -227,7 +246,7 @@ def _check_files(folder: Path) -> None:
     path = folder / "tokenizer_config.json"
     try:
         settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON ({error}); restore the file from its source") from None
     if not isinstance(settings, dict):
         raise InputError(f"{path}: a JSON object is expected; restore the file from its source")

@@ -151,14 +151,25 @@ class Source:
 
     def __init__(self, folder: Path, config: DecoderConfig, dtype: np.dtype):
         self.folder, self.dtype = folder, dtype
+        self.tensors = safetensors.Tensors(folder)
+        self._check_count(config)
         _, params = abstract(config, jnp.float32)
         self.shapes: dict[Path_, tuple[int, ...]] = {path: v.shape for path, v in nnx.to_flat_state(params)}
         self.rows: dict[Path_, list[Row]] = {}
         for row in table(config):
             self.rows.setdefault(row.path, []).append(row)
-        self.tensors = safetensors.Tensors(folder)
         self.not_finite: dict[str, None] = {}
         self._check_names(config)
+
+    def _check_count(self, config: DecoderConfig) -> None:
+        """Every layer, and every expert of one, has several tensors: a model of more of them is not even set up."""
+        parts = (config.num_layers - len(config.dense_layers)) * config.experts + config.num_layers
+        if parts > (count := len(self.tensors.names())):
+            experts = f" and {config.experts} experts" if config.experts else ""
+            raise InputError(
+                f"{self.folder}: weights do not fit config.json: {count} tensors are too few for {config.num_layers} "
+                f"layers{experts}"
+            )
 
     def _check_names(self, config: DecoderConfig) -> None:
         wanted = {row.tensor: row for rows in self.rows.values() for row in rows}
