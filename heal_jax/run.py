@@ -429,7 +429,12 @@ def _lock(out: Path, command: str, progress: Progress) -> Iterator[None]:
     The lock is the kernel's (flock) and ends with the process that holds it, however that ends; the file stays.
     """
     out.mkdir(parents=True, exist_ok=True)
-    with open(out / ".lock", "a+", encoding="utf-8") as file:
+    path = out / ".lock"
+    try:  # never through a link: what it points to would be overwritten
+        number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    except OSError as error:
+        raise RunError(f"{path}: cannot be opened ({error.strerror}); remove it") from None
+    with open(number, "a+", encoding="utf-8", errors="replace") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

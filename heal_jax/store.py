@@ -74,9 +74,12 @@ def write_atomically(path: Path, write: Callable[[Path], object], owner: str = "
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}{owner}.partial")
+    temporary.unlink(missing_ok=True)  # it may be a link
     write(temporary)
     with open(temporary, "rb") as file:
         os.fsync(file.fileno())
+    if path.is_dir() and not path.is_symlink():
+        set_aside(path, ".damaged")
     os.replace(temporary, path)
     sync_folder(path.parent)
 
@@ -103,7 +106,7 @@ def read_json(path: Path) -> Any:
     """Raises InputError where the file is damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: damaged or unreadable ({error}); use another --out or restore the file") from None
 
 
@@ -168,7 +171,7 @@ class RunDirectory:
     def __init__(self, root: Path, say: Callable[[str], None] = lambda line: None):
         self.root = root
         self.manifest: dict[str, Any] = {"stages": {}, "shards": {}}
-        if self._path.is_file() or self._backup.is_file():
+        if self._path.exists() or self._backup.exists():
             try:
                 self.manifest = _read_manifest(self._path)
             except InputError as error:
@@ -246,6 +249,15 @@ class RunDirectory:
             self.manifest.get("files", {}).pop(stage, None)
         self.update()
 
+    def damaged(self, path: Path) -> bool:
+        """Whether a file is not what was written, as far as its checksum is known."""
+        name = str(path.relative_to(self.root))
+        sums = {f"{shard}.parquet": recorded for shard, recorded in self.manifest["shards"].items()}
+        sums |= {
+            file: recorded for files in self.manifest.get("files", {}).values() for file, recorded in files.items()
+        }
+        return name in sums and (not path.is_file() or file_sha256(path) != sums[name])
+
     def verify(self, say: Callable[[str], None]) -> list[str]:
         """Compare every file with its checksum; a damaged shard is renamed NAME.damaged, and the stage that made a
         damaged or missing file is no longer done. These stages; `say` gets a line for each file.
@@ -313,9 +325,30 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     """Raises InputError where it is not what was written."""
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        whole = manifest.pop("sha256") == _digest(manifest) and {"stages", "shards"} <= set(manifest)
+        whole = manifest.pop("sha256") == _digest(manifest) and _well_formed(manifest)
     except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError):
         whole = False
     if not whole:
         raise InputError(f"{path}: damaged (not what was written)")
     return manifest
+
+
+def _well_formed(manifest: dict[str, Any]) -> bool:
+    """Whether a manifest has the parts that are read here, and names files of the directory alone: it may come with a
+    directory from elsewhere, and what it names is read, renamed and written.
+    """
+    tables = [manifest[name] for name in ("stages", "shards")]
+    tables += [manifest.get(name, {}) for name in ("files", "inputs", "work", "models")]
+    inner = [part for table in (tables[0], *tables[2:]) for part in table.values()]
+    models = tables[-1]
+    sums = [tables[1], *tables[2].values(), *(model.get("files", {}) for model in models.values())]
+    names = [name for table in sums for name in table]
+    return (
+        all(isinstance(part, dict) for part in (*tables, *inner, *sums))
+        and all(isinstance(model["path"], str) and isinstance(model["sha256"], str) for model in models.values())
+        and set(models) <= {"teacher", "student"}
+        and isinstance(manifest.get("also", []), list)
+        and all(isinstance(recorded, str) for table in sums for recorded in table.values())
+        and all(not Path(name).is_absolute() and ".." not in Path(name).parts and "\0" not in name for name in names)
+        and all(0 < len(part) < 200 for name in names for part in name.split("/"))
+    )

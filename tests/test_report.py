@@ -317,8 +317,9 @@ def test_half_finished_runs_have_a_page(plain, tmp_path, missing):
     root = shutil.copytree(plain, tmp_path / "run")
     path = root / missing
     if missing == "teacher":
-        manifest = (root / "manifest.json").read_text()
-        (root / "manifest.json").write_text(manifest.replace(str(plain.parent / "teacher"), str(tmp_path / "gone")))
+        directory = store.RunDirectory(root)
+        directory.manifest["models"]["teacher"]["path"] = str(tmp_path / "gone")
+        directory.update()
     elif path.is_dir():
         shutil.rmtree(path)
     else:

@@ -224,8 +224,8 @@ def _pattern(text: str) -> re.Pattern[str] | None:
         return None
     try:
         pattern = re.compile(text)
-    except re.error as error:
-        raise InputError(f"problems.answer_pattern: {text!r} is not a regular expression ({error})") from None
+    except (re.error, OverflowError, RecursionError) as error:
+        raise InputError(f"problems.answer_pattern: {short(text)!r} is not a regular expression ({error})") from None
     if not pattern.groups:
         raise InputError(f"problems.answer_pattern: {text!r} has no group; put the answer's part in parentheses")
     return pattern

@@ -99,6 +99,8 @@ def parquet(name: str, split: str, options: Mapping[str, str], wanted: Collectio
             data = file.read(columns=[column for column in columns if column in wanted])
     except (OSError, pa.ArrowException) as error:
         raise _unreadable(path, error) from None
+    if twice := [column for column in data.column_names if data.column_names.count(column) > 1]:
+        raise InputError(f"{path}: two columns are named {short(twice[0])!r}; keep one")
     held = {column: data.column(column) for column in data.column_names}
 
     def read(index: int) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from heal_jax.config import Config
 from heal_jax.config import load as load_config
 from heal_jax.errors import InputError
 from heal_jax.model.tokenizer import Tokenizer
+from heal_jax.report.forms import SUMMARY, TRAIN, fits
 from heal_jax.store import DECISIONS, EVALUATION, PROBLEMS, ROLLOUTS, RunDirectory, read_json, read_table
 
 KINDS = ("base", "hindsight", "repair")
@@ -74,6 +75,8 @@ def load(root: Path) -> RunData:
         if not path.exists():
             return empty
         try:
+            if directory.damaged(path):
+                raise InputError(f"{path}: changed or damaged since it was written; run again to make it anew")
             return reader(path)
         except InputError as error:
             notes.append(str(error))
@@ -85,7 +88,7 @@ def load(root: Path) -> RunData:
     problems = read(root / "problems.parquet", read_table, PROBLEMS.empty_table()).to_pylist()
     decisions = read(root / "decisions.parquet", read_table, DECISIONS.empty_table()).to_pylist()
     shards = sorted((root / "evaluation").glob("*.parquet"))
-    summary = read(root / "summary.json", read_json, {})
+    summary = read(root / "summary.json", _summary, {})
     return RunData(
         root=root,
         config=read(root / "config.yaml", load_config, None),
@@ -97,24 +100,35 @@ def load(root: Path) -> RunData:
         if shards
         else EVALUATION.empty_table(),
         training=read(root / "metrics.jsonl", _training, []),
-        summary=summary if isinstance(summary, dict) else {},
+        summary=summary,
         tokenizer=_tokenizer(directory.manifest, notes),
         notes=notes,
     )
+
+
+def _summary(path: Path) -> dict[str, Any]:
+    summary = read_json(path)
+    if not fits(summary, SUMMARY):
+        raise InputError(f"{path}: not a summary of heal_jax; run again to make it anew")
+    return summary
 
 
 def _training(path: Path) -> list[dict[str, Any]]:
     """The train events. An interrupted run leaves a torn line, and repeats steps when it goes on: the last counts. What
     lies before train_anew is of another curriculum."""
     steps: dict[tuple[str, int], dict[str, Any]] = {}
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    for line in text.split("\n"):
         try:
             event = json.loads(line)
             if event["event"] == "train_anew":
                 steps.clear()
-            elif event["event"] == "train":
-                steps[event["model"], int(event["step"])] = event
-        except (ValueError, TypeError, KeyError):
+            elif event["event"] == "train" and fits(event, TRAIN):
+                steps[event["model"], event["step"]] = event
+        except (ValueError, TypeError, KeyError, RecursionError):
             continue
     return sorted(steps.values(), key=lambda event: (event["model"], event["step"]))
 
@@ -124,7 +138,7 @@ def _tokenizer(manifest: dict[str, Any], notes: list[str]) -> Tokenizer | None:
     try:
         teacher = manifest["models"]["teacher"]
         return Tokenizer(teacher["path"], teacher["vocab_size"])
-    except KeyError:
+    except (KeyError, TypeError):
         notes.append("The manifest names no teacher yet: rollouts are shown as plain text, without entropies.")
     except InputError as error:
         notes.append(f"The teacher's tokenizer cannot be opened, so rollouts are shown as plain text: {error}")
