@@ -245,7 +245,8 @@ def train_one(
         run.log("train", model=name, **metrics)
         made = metrics["tokens"] - work.get(stage, {"tokens": 0})["tokens"]
         work[stage] = {"seconds": round(metrics["seconds"], 3), "tokens": metrics["tokens"]}  # over all attempts
-        note = f"{metrics['phase']}, loss {metrics['loss']:.4f}"
+        loss = "not finite" if metrics["loss"] is None else f"{metrics['loss']:.4f}"
+        note = f"{metrics['phase']}, loss {loss}"
         run.progress.update(stage, metrics["step"], run.config.train.steps, note, made)
         track(metrics["step"], {key: x for key, x in metrics.items() if isinstance(x, float)})
 

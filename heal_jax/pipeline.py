@@ -40,7 +40,7 @@ KNOBS = {
     "sample": _ROLLOUTS,
     "hindsight": f"{_ROLLOUTS}, or lower pure.batch",
     "repair": f"{_ROLLOUTS}, or lower pure.batch",
-    "train": "lower train.batch, set train.remat: true",
+    "train": "raise train.accumulate, set train.remat: block, lower train.batch",
     "evaluate": _ROLLOUTS,
 }
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from heal_jax.config import LogSpec
-from heal_jax.errors import InputError
+from heal_jax.errors import InputError, RunError
 
 # tensorboardX writes TensorBoard's files without TensorFlow.
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
@@ -26,7 +26,8 @@ def require(spec: LogSpec) -> None:
 
 @contextlib.contextmanager
 def tracking(spec: LogSpec, folder: Path, student: str, config: Mapping[str, Any]) -> Iterator[Track]:
-    """Sends what it is given to every tool of `log.to`, as a run of this student that begins with the first figures."""
+    """Sends what it is given to every tool of `log.to`, as a run of this student that begins with the first figures.
+    Raises RunError where one cannot begin, as without its account."""
     with contextlib.ExitStack() as stack:
         tracks: list[Track] = []
 
@@ -52,6 +53,10 @@ def _open(
 
         return scalars
     where: dict[str, Any] = {"dir": str(folder)} if name == "wandb" else {}
-    run = package.init(project=spec.project, name=f"{folder.name}-{student}", config=dict(config), **where)
+    try:
+        run = package.init(project=spec.project, name=f"{folder.name}-{student}", config=dict(config), **where)
+    except Exception as error:  # of many kinds: accounts, networks
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise RunError(f"log.to: {name} cannot begin ({reason}); set it up and start again: the run goes on") from error
     stack.callback(run.finish)
     return lambda step, figures: run.log(dict(figures), step=step)

@@ -342,6 +342,13 @@ def test_a_run_that_has_just_begun(tmp_path):
     assert "Done: sample." in Page(write_report(tmp_path)).text
 
 
+@pytest.mark.parametrize("others", [{"sets": 3}, {"sets": {"a": {"heal": 1}}}, {"greedy": []}, {"greedy": {}}])
+def test_a_summary_of_another_form(plain, tmp_path, others):
+    root = shutil.copytree(plain, tmp_path / "run")
+    store.write_json(root / "summary.json", store.read_json(root / "summary.json") | others)
+    assert "not a summary of heal_jax" in Page(write_report(root)).text
+
+
 def test_not_a_run_directory(tmp_path):
     with pytest.raises(InputError, match="not a run directory"):
         write_report(tmp_path)

@@ -5,6 +5,7 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -288,8 +289,8 @@ def test_what_a_stage_may_run_out_of(tmp_path, capsys, only_sample, stage, says)
     assert all(text in said for text in says), said
 
 
-def test_every_stage_names_its_knobs():
-    from heal_jax.config import Config, flatten, to_dict
+def test_every_stage_names_its_knobs(tmp_path):
+    from heal_jax.config import Config, flatten, load, to_dict
     from heal_jax.errors import RunError
 
     fields = flatten(to_dict(Config()))
@@ -298,6 +299,10 @@ def test_every_stage_names_its_knobs():
             raise MemoryError
         named = [word.strip(",;:()") for word in str(error.value).split() if "." in word.strip(",;:().")]
         assert len(named) >= 2 and set(named) <= set(fields), named
+        for field, value in re.findall(r"(\S+\.\S+): (\w+)", pipeline.KNOBS.get(stage, "")):
+            part, name = field.split(".")
+            (tmp_path / "advised.yaml").write_text(f"{part}: {{{name}: {value}}}")
+            load(tmp_path / "advised.yaml")
 
 
 def test_a_directory_that_may_not_be_written(tmp_path, capsys, monkeypatch):

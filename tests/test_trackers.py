@@ -5,13 +5,14 @@ import struct
 import sys
 import types
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from heal_jax import trackers
 from heal_jax.config import LogSpec
-from heal_jax.errors import InputError
+from heal_jax.errors import InputError, RunError
 
 
 def events(folder: Path) -> list[Event]:
@@ -55,6 +56,17 @@ def test_services(tmp_path, monkeypatch, name):
     assert (
         settings["project"] == "p" and settings["name"] == f"{tmp_path.name}-heal" and settings["config"] == {"seed": 3}
     )
+
+
+def test_a_service_that_cannot_begin_is_said_in_a_line(tmp_path, monkeypatch):
+    package = types.ModuleType("wandb")
+    package.init = mock.Mock(side_effect=ValueError("no API key\nconfigured"))
+    monkeypatch.setitem(sys.modules, "wandb", package)
+    with (
+        pytest.raises(RunError, match=r"log\.to: wandb cannot begin \(no API key configured\)"),
+        trackers.tracking(LogSpec(to=("wandb",)), tmp_path, "heal", {}) as track,
+    ):
+        track(10, {"loss": 0.5})
 
 
 def test_a_package_that_is_not_there_is_said_first(monkeypatch):

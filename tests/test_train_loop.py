@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from orbax.checkpoint import v1 as ocp
 
-from heal_jax.config import TrainSpec
+from heal_jax import curriculum
+from heal_jax.config import Config, TrainSpec
 from heal_jax.errors import RunError
 from heal_jax.model.config import parse
 from heal_jax.model.decoder import Decoder, Model, initialise
@@ -503,6 +505,15 @@ def test_a_loss_that_is_not_finite_stops_the_training(tmp_path: Path) -> None:
         assert line["loss"] is None and set(line["not_finite"]) <= {e.rollout_id for e in PHASES[0].examples}
         assert line["not_finite"]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_says_a_loss_that_is_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, tracked = mock.MagicMock(config=Config(), evaluation={}), []
+    run.directory.manifest = {}
+    line = {"phase": "stage 1", "step": 1, "loss": None, "grad_norm": None, "tokens": 9, "seconds": 1.0}
+    monkeypatch.setattr(curriculum, "train", lambda *arguments, log, **others: log(line))
+    curriculum.train_one(run, "heal", PHASES, 32, lambda step, figures: tracked.append(figures))
+    assert "not finite" in run.progress.update.call_args.args[3] and tracked == [{"seconds": 1.0}]
 
 
 def test_a_step_that_is_not_finite_changes_nothing() -> None:

@@ -1,8 +1,8 @@
 """The programs of a run, as `heal run` compiles them, with nothing allocated: the same functions, the same shapes.
 
 Three functions do all but a little of the run's work on the chips: `roll_out` (sample, hindsight, repair, evaluate),
-`score` (PURE) and `train_step` (one program for the three stages of both students: rows are as long as the longest
-example of all). Finding steps and breakpoints, which reads the sampled ids once, is left out.
+`score` (PURE) and `train_step` (one program for the three stages of both students, whose rows are equally long).
+Finding steps and breakpoints, which reads the sampled ids once, is left out.
 """
 
 import dataclasses

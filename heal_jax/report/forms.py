@@ -7,7 +7,10 @@ INT, TEXT = "int", "text"
 NUMBER = "number"  # finite
 MAYBE = "number or null"
 INTERVAL = {"mean": MAYBE, "ci95": (MAYBE, MAYBE)}
+ACCURACY = {**INTERVAL, "n": INT, "per_level": {"*": {**INTERVAL, "n": INT}}}
 AIDED = {f"{name}?": INT for name in ("problems", "candidates", "correct", "leaked", "kept", "duplicates")}
+DIFFERENCE = {**INTERVAL, "per_level?": {"*": INTERVAL}}
+COMPARED = {"teacher": ACCURACY, "difference?": DIFFERENCE, "*": ACCURACY}
 # Names that end in ? may be left out, * stands for any other; a tuple is a list of so many.
 SUMMARY = {
     "problems?": INT,
@@ -15,8 +18,10 @@ SUMMARY = {
     "repair?": {**AIDED, "repaired_problems": INT},
     "hindsight?": AIDED,
     "stages?": {"*": {"examples": INT, "tokens": INT}},
-    "accuracy?": {"*": {**INTERVAL, "n": INT, "per_level": {"*": {**INTERVAL, "n": INT}}}},
-    "difference?": {**INTERVAL, "per_level?": {"*": INTERVAL}},
+    "accuracy?": {"*": ACCURACY},
+    "difference?": DIFFERENCE,
+    "greedy?": COMPARED,
+    "sets?": {"*": {**COMPARED, "greedy?": COMPARED}},
     "throughput?": {"*": NUMBER},
     "seconds?": {"*": NUMBER},
 }

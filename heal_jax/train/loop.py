@@ -218,7 +218,7 @@ def train(
                     f"training step {at.step} ({at.phase}): loss {loss}, gradient norm {grad_norm}, the "
                     f"{progress.skipped}. step that is not finite (train.max_skipped: {spec.max_skipped}); its "
                     "examples are in metrics.jsonl under not_finite; lower train.learning_rate or raise train.warmup, "
-                    "and start this training anew"
+                    "in a run with another --out"
                 )
             # The first process decides for all: their clocks differ, and a save needs every one of them.
             due = time.monotonic() - saved_at >= checkpoint_seconds
