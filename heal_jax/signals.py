@@ -60,6 +60,19 @@ def deferred() -> Iterator[None]:
         stop()
 
 
+@contextlib.contextmanager
+def at_once() -> Iterator[None]:
+    """Inside `deferred`, for a part of it that can be left at any moment: signals raise here as they do elsewhere."""
+    global _deferred
+    if asked():
+        stop()
+    before, _deferred = _deferred, 0
+    try:
+        yield
+    finally:
+        _deferred = before
+
+
 def install() -> None:
     """Handle both signals from now on, in the main thread."""
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -5,10 +5,11 @@ A checkpoint counts once its folder holds SUMS, the checksums of its files, whic
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import shutil
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,9 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from heal_jax.errors import InputError, RunError, out_of_memory
+from heal_jax.errors import RunError, out_of_memory
 from heal_jax.processes import count, primary
-from heal_jax.store import file_sha256, read_json, set_aside, write_json
+from heal_jax.store import file_sha256, set_aside, write_json
 
 KEEP = 2  # checkpoints: the latest, and the one before in case the latest is damaged
 WRITE_SECONDS = 600  # for a checkpoint; longer, and the training ends with an error
@@ -81,7 +82,7 @@ class Checkpoints:
         self.dev[step] = accuracy
         self._kept.best = self.best
         if primary():
-            write_json(self.folder / DEV, self.dev)
+            write_json(self.folder / DEV, {"accuracy": self.dev, "sha256": _digest(self.dev)})
 
     def load(self, step: int, target: dict[str, Any]) -> dict[str, Any]:
         """A state saved before, placed as in `target`."""
@@ -176,24 +177,43 @@ def _best(dev: dict[int, float]) -> int | None:
     return max(dev, key=lambda step: (dev[step], step), default=None)
 
 
+def _digest(dev: dict[int, float]) -> str:
+    return hashlib.sha256(json.dumps(dev, sort_keys=True).encode()).hexdigest()
+
+
 def _read_dev(folder: Path) -> dict[int, float]:
-    """Raises InputError where it is damaged."""
+    """Raises ValueError where it is damaged."""
     path = folder / DEV
+    if not path.is_file():
+        return {}
     try:
-        return {int(step): float(accuracy) for step, accuracy in read_json(path).items()} if path.is_file() else {}
-    except (AttributeError, TypeError, ValueError):
-        raise InputError(f"{path}: damaged") from None
+        found = json.loads(path.read_text(encoding="utf-8"))
+        dev = {int(step): float(accuracy) for step, accuracy in found["accuracy"].items()}
+        if _digest(dev) == found["sha256"]:
+            return dev
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+        pass
+    raise ValueError(f"{path}: damaged")
 
 
-def keep_whole(folder: Path) -> list[str]:
-    """Leave a folder with a whole checkpoint as its latest, and the best up to it whole, too, or with none, for one
-    process to call. Lines to say.
+def keep_whole(folder: Path, ends: Collection[int] = ()) -> list[str]:
+    """Leave a folder with a whole checkpoint as its latest, and the best on dev problems up to it whole, too, or with
+    none, for one process to call. ends: the steps that are assessed on dev problems. Lines to say.
 
     What Orbax was writing is removed, and so are steps without its commit file or without checksums: a save or a copy
     was cut short, yet Orbax may list it as whole. Those with other checksums are damaged: they are renamed
     STEP.damaged.
     """
     lines: list[str] = []
+    try:
+        if not set(dev := _read_dev(folder)) <= set(ends):
+            raise ValueError(f"{folder / DEV}: of another training")
+    except ValueError as error:  # nothing else knows which checkpoint was the best
+        dev = {}
+        lines.append(f"note: {error}")
+        for path in folder.glob("[0-9]*"):
+            shutil.rmtree(path, ignore_errors=True)
+        (folder / DEV).unlink()
     for path in folder.glob("*.orbax-checkpoint-tmp"):
         shutil.rmtree(path, ignore_errors=True)
     steps = {int(path.name): path for path in folder.glob("[0-9]*") if path.name.isdigit()}
@@ -203,7 +223,7 @@ def keep_whole(folder: Path) -> list[str]:
             shutil.rmtree(step, ignore_errors=True)
         elif damaged := _damaged(step):
             lines.append(f"note: {step}: {damaged}; set aside as {set_aside(step, '.damaged').name}")
-        elif without := _without_best(folder, steps, number):
+        elif without := _without_best(folder, steps, dev, ends, number):
             lines.append(without)
             for path in steps.values():
                 shutil.rmtree(path, ignore_errors=True)
@@ -213,15 +233,14 @@ def keep_whole(folder: Path) -> list[str]:
     return [f"{line}; training starts anew" for line in lines]
 
 
-def _without_best(folder: Path, steps: dict[int, Path], latest: int) -> str:
-    """What is wrong with the checkpoint that is best on dev problems, of those up to the latest; nothing where it is
-    whole."""
-    try:
-        best = _best({step: accuracy for step, accuracy in _read_dev(folder).items() if step <= latest})
-    except InputError as error:
-        (folder / DEV).unlink()
-        return f"note: {error}"
-    if best is None or best == latest:
+def _without_best(
+    folder: Path, steps: dict[int, Path], dev: dict[int, float], ends: Collection[int], latest: int
+) -> str:
+    """What is wrong with the best checkpoint up to the latest, which is whole; nothing where the best is, too."""
+    if gone := {end for end in ends if end < latest} - set(dev):
+        return f"note: {folder / DEV}: what was found after step {min(gone)} is gone"
+    best = _best({end: accuracy for end, accuracy in dev.items() if end <= latest})
+    if best in (None, latest):
         return ""
     damaged = _damaged(steps[best]) if best in steps and steps[best].is_dir() else "gone"
     return f"note: {folder / str(best)}: the best checkpoint is {damaged}" if damaged else ""

@@ -166,7 +166,7 @@ def train(
         params = jax.tree.map(lambda new, old: new.astype(old.dtype), state["params"], trainable)
         return dataclasses.replace(model, params=nnx.merge_state(params, frozen))
 
-    for line in once(lambda: keep_whole(folder)):
+    for line in once(lambda: keep_whole(folder, sorted(ends) if assess else ())):
         say(line)
     with opened(folder) as checkpoints, signals.deferred():
         if checkpoints.orbax.latest is None:
@@ -176,7 +176,10 @@ def train(
 
         def assess_once() -> None:
             if assess is not None and progress.step in ends - set(checkpoints.dev):
-                checkpoints.assessed(progress.step, assess(as_model(state)))
+                checkpoints.wait()
+                with signals.at_once():
+                    accuracy = assess(as_model(state))
+                checkpoints.assessed(progress.step, accuracy)
 
         assess_once()
         clock, saved_at = time.monotonic() - progress.seconds, time.monotonic()
