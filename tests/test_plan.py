@@ -631,7 +631,7 @@ def test_the_whole_run_adds_up(without_libtpu):
     # 100 problems in shards of up to two batches, of 4 x 8 or 8 x 4 rollouts: 13 of 8; 7 of 15, of which half the
     # problems are hard; 13 of 16 for 200 paths, of which a quarter are unsolved problems'.
     assert (calls["sample"], calls["hindsight"], calls["repair"]) == (13, 4, 4)
-    assert calls["score hindsight"] == calls["score repair"] and calls["train"] == 24  # two students
+    assert calls["score hindsight"] == calls["score repair"] and calls["train"] == 16  # two students
     # 8 or 16 contexts over four devices, their 64 rollouts on 32 rows.
     loops = {stage: (p["reads"], p["steps"]) for p in plan["programs"] for stage in p["stages"]}
     assert loops["sample"] == (2, 2 * 128) and loops["hindsight"] == loops["repair"] == (4, 2 * 128)
