@@ -326,7 +326,8 @@ def test_training_problems_are_cleaned_before_anything_uses_them(tmp_path, capsy
     written = []
     for _ in range(2):  # begun, and gone on with
         with open_run(load(path), out, Progress(quiet=True)) as run:
-            assert [p.id for p in run.problems] == ["train-train-1", "train-train-5"] and len(run.evaluation_problems) == 2
+            assert [p.id for p in run.problems] == ["train-train-1", "train-train-5"]
+            assert len(run.evaluation_problems) == 2
             figures = {"duplicates": 1, "conflicts": 0, "near_duplicates": 0, "held_out": 1, "ngrams": 1}
             assert summarise(run)["hygiene"] == {"loaded": 5, **figures, "kept": 2}
         written.append((out / "removed.jsonl").read_text())
