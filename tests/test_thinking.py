@@ -147,7 +147,7 @@ CONFIG = Config(
     hindsight=dataclasses.replace(Config().hindsight, n=6),
     gear=dataclasses.replace(Config().gear, paths=8, repairs=3, window=0.6),
     pure=dataclasses.replace(Config().pure, threshold=1e9),
-    train=dataclasses.replace(Config().train, max_tokens=512),
+    train=dataclasses.replace(Config().train, max_tokens=512, batch=8),  # of eight devices
 )
 HINT = "Hint: The final answer is {}.\n\n"
 
