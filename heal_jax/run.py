@@ -2,32 +2,28 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import functools
-import hashlib
 import importlib.metadata
 import json
 import os
 import platform
 import re
 import shutil
-import socket
 import time
-import uuid
 from collections.abc import Callable, Iterator, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 import pyarrow as pa
 from jax.sharding import Mesh
 
 from heal_jax import __version__, processes, trackers
-from heal_jax.config import Config, dump, flatten, to_dict, validate
+from heal_jax.config import Config, dump, validate
 from heal_jax.config import load as load_config
 from heal_jax.divide import require, sizes, undivided
-from heal_jax.errors import InputError, RunError
+from heal_jax.errors import InputError
+from heal_jax.lock import holder, lock
 from heal_jax.model.config import decoder_config
 from heal_jax.model.lm import LanguageModel, open_model, open_tokenizer, resolve
 from heal_jax.model.mesh import make_mesh
@@ -40,7 +36,8 @@ from heal_jax.problems.sources import Problem, load
 from heal_jax.progress import Progress
 from heal_jax.sets import load_sets, place
 from heal_jax.shapes import positions
-from heal_jax.store import ROLLOUTS, RunDirectory, folder_sha256, set_aside, write_text
+from heal_jax.store import ROLLOUTS, RunDirectory, digest, folder_sha256, set_aside, write_text
+from heal_jax.strict import flatten, to_dict
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "tensorflow-datasets")
 FREE_BYTES = 1 << 30  # what a run may leave behind on a small configuration, with room to spare
@@ -190,7 +187,7 @@ def open_run(
     if config.train.lora.rank:
         adapter_rows(decoder_config(folders["student"]), config.train.lora.targets)
     tokenizers = {name: open_tokenizer(folder) for name, folder in folders.items()}
-    asked = _hash([(p.id, p.question, p.answer) for p in (*problems, *_all_of(evaluation))])
+    asked = digest([(p.id, p.question, p.answer) for p in (*problems, *_all_of(evaluation))])
     processes.alike(
         "start all with the same command, on the same files",
         config=dump(config),
@@ -221,7 +218,7 @@ def open_run(
         def enter() -> Any:
             if "problems" not in directory.manifest and config.grade.unreadable == "refuse":
                 _readable(grader, [*problems, *_all_of(evaluation)])
-            stack.enter_context(_lock(out, command, progress))
+            stack.enter_context(lock(out, command, progress.say))
             # Again: another process may have worked in it until now.
             inside = _reopen(config, out, facts, needs, progress.say)
             _enter(inside, config, mesh, facts, command, progress)
@@ -229,8 +226,7 @@ def open_run(
             return inside.manifest, inside.verify(progress.say)
 
         directory.manifest, again = processes.once(enter)
-        lock = out / ".lock"
-        processes.alike("give an --out on a file system that all share", out=lock.read_text() if lock.is_file() else "")
+        processes.alike("give an --out on a file system that all share", out=holder(out))
         for size in undivided(mesh.shape, split):
             progress.say(f"note: the mesh does not divide {size.what}; it stays whole on every device")
         figures = hygiene.counts(loaded, removed)
@@ -245,7 +241,7 @@ def _enter(
     """Write the config of a new directory, and under what circumstances it is worked in."""
     out = directory.root
     path, text = out / "config.yaml", dump(config)
-    if path.is_file() and directory.manifest.get("config") == _hash(text) and not _holds(path, text):
+    if path.is_file() and directory.manifest.get("config") == digest(text) and not _holds(path, text):
         progress.say(f"note: {path}: damaged; set aside as {set_aside(path, '.damaged').name} and written again")
     if not path.is_file():
         write_text(path, text)
@@ -261,7 +257,7 @@ def _enter(
     begun = {name: directory.manifest[name] for name in circumstances if name in directory.manifest}
     if not begun:
         seeds = {"run": config.seed, "problems": config.problems.seed, "evaluate": config.evaluate.problems.seed}
-        directory.update(**circumstances, seeds=seeds, command=command, config=_hash(text), **facts)
+        directory.update(**circumstances, seeds=seeds, command=command, config=digest(text), **facts)
     elif begun != circumstances:
         changed = [name for name in circumstances if begun.get(name) != circumstances[name]]
         progress.say(f"note: {', '.join(changed)} differ from when {out} was begun; the bytes may, too")
@@ -274,10 +270,6 @@ def _holds(path: Path, text: str) -> bool:
 
 def _versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in PACKAGES}
-
-
-def _hash(data: Any) -> str:
-    return hashlib.sha256(json.dumps(data).encode()).hexdigest()
 
 
 def processor() -> str:
@@ -389,7 +381,7 @@ def _reopen(
     directory = RunDirectory(out, say)
     path = out / "config.yaml"
     # The manifest knows the config, too: then config.yaml may be damaged.
-    if path.is_file() and directory.manifest.get("config") != _hash(dump(config)):
+    if path.is_file() and directory.manifest.get("config") != digest(dump(config)):
         try:
             old = flatten(to_dict(load_config(path)))
         except InputError as error:
@@ -420,49 +412,3 @@ def _reopen(
         if directory.done(stage) is None:
             raise InputError(f"{out}: stage {stage} has not finished; run `heal {stage}` or `heal run` first")
     return directory
-
-
-@contextlib.contextmanager
-def _lock(out: Path, command: str, progress: Progress) -> Iterator[None]:
-    """Make the directory; one run works in it. Raises RunError where another one does, which the lock file tells of.
-
-    The lock is the kernel's (flock) and ends with the process that holds it, however that ends; the file stays.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / ".lock"
-    try:  # never through a link: what it points to would be overwritten
-        number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-    except OSError as error:
-        raise RunError(f"{path}: cannot be opened ({error.strerror}); remove it") from None
-    with open(number, "a+", encoding="utf-8", errors="replace") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunError(
-                f"{out}: another process is working in it{_holder(file)}; wait for it or use another --out"
-            ) from None
-        except OSError as error:
-            raise RunError(f"{out}: its file system has no locks ({error.strerror}); use another --out") from None
-        if before := _holder(file):
-            progress.say(f"note: the last process in {out}{before} did not come to its end; going on after it")
-        now = datetime.now(UTC).isoformat(sep=" ", timespec="seconds")
-        holder = {"pid": os.getpid(), "host": socket.gethostname(), "command": command, "since": now}
-        file.truncate(0)
-        file.write(json.dumps({"id": uuid.uuid4().hex, **holder}))
-        file.flush()
-        os.fsync(file.fileno())
-        try:
-            yield
-        finally:
-            file.truncate(0)
-
-
-def _holder(file: TextIO) -> str:
-    """Who wrote the lock file, in parentheses; nothing where it is empty."""
-    file.seek(0)
-    try:
-        holder = json.loads(file.read())
-        who = [f"process {holder['pid']} on {holder['host']}", holder["command"], f"since {holder['since']}"]
-    except (ValueError, TypeError, KeyError):
-        return ""
-    return f" ({', '.join(part for part in who if part)})"

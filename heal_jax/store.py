@@ -125,21 +125,26 @@ def read_table(path: Path) -> pa.Table:
         raise InputError(f"{path}: damaged or missing ({reason}); delete it and run again to make it anew") from None
 
 
+def digest(data: Any) -> str:
+    """SHA-256 of plain data, whatever the order of its mappings."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
 def file_sha256(path: Path, sync: bool = False) -> str:
     """sync: also flush the file to disk, where whoever wrote it did not."""
-    digest = hashlib.sha256()
+    read = hashlib.sha256()
     with open(path, "rb") as file:
         if sync:
             os.fsync(file.fileno())
         while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+            read.update(block)
+    return read.hexdigest()
 
 
 def folder_sha256(folder: Path) -> tuple[str, dict[str, str]]:
     """One hash of the names and contents of a folder's files (not of its subfolders), and the hash of each file."""
     files = {p.name: file_sha256(p) for p in sorted(folder.iterdir()) if p.is_file() and not p.name.startswith(".")}
-    lines = "".join(f"{name}\0{digest}\n" for name, digest in files.items())
+    lines = "".join(f"{name}\0{recorded}\n" for name, recorded in files.items())
     return hashlib.sha256(lines.encode()).hexdigest(), files
 
 
@@ -196,14 +201,14 @@ class RunDirectory:
         if primary():
             text = json.dumps(self.manifest, ensure_ascii=False).encode(errors="replace")
             for path in (self._path, self._backup):
-                write_json(path, {**self.manifest, "sha256": _digest(json.loads(text))})
+                write_json(path, {**self.manifest, "sha256": digest(json.loads(text))})
 
     def inputs(self, stage: str) -> dict[str, str]:
         """Digests of what a stage is made from: rollouts by their shards, training by the curriculum's examples."""
 
         def rollouts(*kinds: str) -> dict[str, str]:
             shards = sorted(self.manifest["shards"].items())
-            return {kind: _digest([s for s in shards if s[0].startswith(f"rollouts/{kind}-")]) for kind in kinds}
+            return {kind: digest([s for s in shards if s[0].startswith(f"rollouts/{kind}-")]) for kind in kinds}
 
         if stage in ("hindsight", "repair"):
             return rollouts("base")
@@ -317,15 +322,11 @@ class RunDirectory:
         return pa.concat_tables(tables) if tables else ROLLOUTS.empty_table()
 
 
-def _digest(data: Any) -> str:
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
-
-
 def _read_manifest(path: Path) -> dict[str, Any]:
     """Raises InputError where it is not what was written."""
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        whole = manifest.pop("sha256") == _digest(manifest) and _well_formed(manifest)
+        whole = manifest.pop("sha256") == digest(manifest) and _well_formed(manifest)
     except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError):
         whole = False
     if not whole:

@@ -25,10 +25,10 @@ from heal_jax import pipeline
 from heal_jax.bench import faults
 from heal_jax.bench.faults import STAGES, Disturbed, content
 from heal_jax.config import ModelSpec
+from heal_jax.lock import lock
 from heal_jax.model.lm import resolve
 from heal_jax.model.mesh import make_mesh
 from heal_jax.progress import Progress
-from heal_jax.run import _lock
 from heal_jax.store import RunDirectory
 from heal_jax.train import loop
 
@@ -214,7 +214,7 @@ def only_sample(monkeypatch):
 def test_a_second_process_is_told_who_is_first(tmp_path, capsys, only_sample):
     only_sample(lambda run: None)
     assert main("sample", TINY, "--out", tmp_path) == 0  # the directory is there
-    with _lock(tmp_path, "heal run first.yaml", Progress(quiet=True)):
+    with lock(tmp_path, "heal run first.yaml", print):
         said = refused(capsys, "sample", TINY, "--out", tmp_path, status=1)
         assert f"process {os.getpid()} on " in said and "heal run first.yaml, since 20" in said
     assert main("sample", TINY, "--out", tmp_path) == 0
@@ -290,8 +290,9 @@ def test_what_a_stage_may_run_out_of(tmp_path, capsys, only_sample, stage, says)
 
 
 def test_every_stage_names_its_knobs(tmp_path):
-    from heal_jax.config import Config, flatten, load, to_dict
+    from heal_jax.config import Config, load
     from heal_jax.errors import RunError
+    from heal_jax.strict import flatten, to_dict
 
     fields = flatten(to_dict(Config()))
     for stage in STAGES:

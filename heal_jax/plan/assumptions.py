@@ -4,8 +4,8 @@ import dataclasses
 import typing
 from typing import Annotated
 
-from heal_jax.config import Range
 from heal_jax.errors import InputError
+from heal_jax.strict import Range
 
 
 @dataclasses.dataclass(frozen=True)

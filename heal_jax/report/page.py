@@ -12,11 +12,11 @@ from typing import Any
 from plotly.offline import get_plotlyjs
 
 from heal_jax import store
-from heal_jax.config import flatten, to_dict
 from heal_jax.report import figures, repairs
 from heal_jax.report.data import RunData, grades, load
 from heal_jax.report.markup import Html, join, number, percent, points, script_json, table, tag
 from heal_jax.sets import further
+from heal_jax.strict import flatten, to_dict
 
 STAGES = ("sample", "hindsight", "repair", "curate", "train", "evaluate", "export")
 

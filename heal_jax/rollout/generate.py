@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from heal_jax.config import SampleSpec, check
+from heal_jax.config import SampleSpec
 from heal_jax.errors import InputError
 from heal_jax.model.lm import LanguageModel, Rollout
 from heal_jax.model.mesh import batch_parts, parts_of, put_batch, using
@@ -17,6 +17,7 @@ from heal_jax.rollout.sampling import Rule, rules
 from heal_jax.rollout.score import score
 from heal_jax.rollout.steps import find_steps
 from heal_jax.shapes import ScoreShape, Shape, at_once, bucket, with_caches
+from heal_jax.strict import check
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,6 @@ A checkpoint counts once its folder holds SUMS, the checksums of its files, whic
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import shutil
 import threading
@@ -19,7 +18,7 @@ from orbax.checkpoint import v1 as ocp
 
 from heal_jax.errors import RunError, out_of_memory
 from heal_jax.processes import count, primary
-from heal_jax.store import file_sha256, set_aside, write_json
+from heal_jax.store import digest, file_sha256, set_aside, write_json
 
 KEEP = 2  # checkpoints: the latest, and the one before in case the latest is damaged
 WRITE_SECONDS = 600  # for a checkpoint; longer, and the training ends with an error
@@ -82,7 +81,7 @@ class Checkpoints:
         self.dev[step] = accuracy
         self._kept.best = self.best
         if primary():
-            write_json(self.folder / DEV, {"accuracy": self.dev, "sha256": _digest(self.dev)})
+            write_json(self.folder / DEV, {"accuracy": self.dev, "sha256": digest(self.dev)})
 
     def load(self, step: int, target: dict[str, Any]) -> dict[str, Any]:
         """A state saved before, placed as in `target`."""
@@ -177,10 +176,6 @@ def _best(dev: dict[int, float]) -> int | None:
     return max(dev, key=lambda step: (dev[step], step), default=None)
 
 
-def _digest(dev: dict[int, float]) -> str:
-    return hashlib.sha256(json.dumps(dev, sort_keys=True).encode()).hexdigest()
-
-
 def _read_dev(folder: Path) -> dict[int, float]:
     """Raises ValueError where it is damaged."""
     path = folder / DEV
@@ -189,7 +184,7 @@ def _read_dev(folder: Path) -> dict[int, float]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         dev = {int(step): float(accuracy) for step, accuracy in found["accuracy"].items()}
-        if _digest(dev) == found["sha256"]:
+        if digest(dev) == found["sha256"]:
             return dev
     except (OSError, ValueError, AttributeError, KeyError, TypeError):
         pass

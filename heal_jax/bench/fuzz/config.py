@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from heal_jax.bench.fuzz.mutate import VALUES, broken, edited
 from heal_jax.bench.fuzz.watch import Failure, Kind
-from heal_jax.config import Config, dump, load, to_dict
+from heal_jax.config import Config, dump, load
 from heal_jax.store import write_text
+from heal_jax.strict import to_dict
 
 VALID = to_dict(Config())
 CHOICES = ("bfloat16", "test", "dev", "int8", "ratio", "random", "oracle", "shuffled", "constant", "exact", "</think>")
