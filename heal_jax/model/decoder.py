@@ -237,8 +237,8 @@ class Decoder(nnx.Module):
         """Full pass without a cache: tokens [B, T] int32 -> hidden states [B, T, D] after the last norm.
 
         Rows are padded on the right; causality keeps padding out of what precedes it. With segments [B, T] int32 a
-        token sees its own segment alone (packed rows; give positions [B, T] too). remat: what the
-        backward pass computes again.
+        token sees its own segment alone (packed rows; give positions [B, T] too).
+        remat: what the backward pass computes again.
         """
         slots = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         positions = slots if positions is None else positions

@@ -186,7 +186,7 @@ def train(
         meter = Meter(model.config, spec, length, progress)
         for at, batch, ids, stream in _steps(phases, progress.step, data, spec.batch, length, seed, pad_id):
             if not batch.mask.any():
-                raise RunError(f"training step {at.step} ({at.phase}): the batch has no token to learn: {ids[:10]}")
+                raise RunError(f"training step {at.step} ({at.phase}): the batch has no token to learn: {ids()[:10]}")
             placed = put_batch(mesh, batch)
             with using(mesh):
                 params, opt_state, metrics = train_step(
@@ -214,7 +214,7 @@ def train(
             if at.ends or at.step % spec.log_every == 0 or not finite:
                 measured = {"loss": _number(loss), "grad_norm": _number(grad_norm)}
                 measured["learning_rate"] = float(rate(at.step - 1))
-                skipped = {} if finite else {"not_finite": ids}
+                skipped = {} if finite else {"not_finite": ids()}
                 log({"phase": at.phase, **measured, **dataclasses.asdict(progress), **meter.since(progress), **skipped})
             if progress.skipped > spec.max_skipped:
                 raise RunError(
@@ -258,7 +258,7 @@ def _decide(due: bool) -> str:
 
 def _steps(
     phases: Sequence[Phase], done: int, data: Any, rows: int, length: int, seed: int, pad_id: int
-) -> Iterator[tuple[At, Batch, list[str], grain.DatasetIterator]]:
+) -> Iterator[tuple[At, Batch, Callable[[], list[str]], grain.DatasetIterator]]:
     """The steps after the first `done`: where they are, the batch, its rollouts' ids, and the phase's iterator, whose
     state `data` is where the first `done` end within a phase."""
     end = 0
@@ -272,8 +272,12 @@ def _steps(
                 stream.set_state(data)
             for step in range(max(done, start) + 1, end + 1):
                 batch, example = unpack(next(stream))
-                ids = [phase.examples[i].rollout_id for i in np.unique(example[example >= 0])]
-                yield At(phase.name, step, step == end), batch, ids, stream
+                yield At(phase.name, step, step == end), batch, functools.partial(_ids, phase, example), stream
+
+
+def _ids(phase: Phase, example: np.ndarray) -> list[str]:
+    """The rollouts of a batch, of which `example` has the number at each token (-1: none)."""
+    return [phase.examples[i].rollout_id for i in np.unique(example[example >= 0])]
 
 
 def _number(x: float) -> float | None:
