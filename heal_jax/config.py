@@ -223,7 +223,8 @@ class TrainSpec:
     steps: Count = 600
     """Optimizer steps in all, over the three stages."""
     batch: Count = 4
-    """Rows a step, for the two students alike; a mesh splits them."""
+    """Rows a step, for the two students alike; a mesh splits them, and where it does not divide them empty rows are
+    computed, too."""
     row_tokens: Annotated[int, Range(ge=0)] = 344
     """Slots of a row, which holds as many whole examples as fit (packing); a longer example makes all rows as long. 0:
     as long as the longest. 344 holds two solutions of the built-in world, and 4 % of it stays empty."""

@@ -39,10 +39,8 @@ def model_sizes(config: DecoderConfig, name: str) -> list[Size]:
 
 
 def batch_sizes(config: Config) -> list[Size]:
-    """The rows of every stage's batches: whole groups of the rollouts of one problem or path."""
-    spec = config.train
-    parts = f" over train.accumulate {spec.accumulate}" if spec.accumulate > 1 else ""
-    sizes = [Size(f"train.batch {spec.batch}{parts}", "batch", spec.batch // spec.accumulate)]
+    """The rows of batches of rollouts: whole groups of those of one problem or path. Training fills its rows up."""
+    sizes = []
     asked = draws(config, dev=True)
     for name, n in (
         ("sample.n", config.sample.n),

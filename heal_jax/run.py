@@ -26,7 +26,7 @@ from heal_jax.errors import InputError
 from heal_jax.lock import holder, lock
 from heal_jax.model.config import decoder_config
 from heal_jax.model.lm import LanguageModel, open_model, open_tokenizer, resolve
-from heal_jax.model.mesh import make_mesh
+from heal_jax.model.mesh import batch_parts, make_mesh
 from heal_jax.model.tokenizer import Tokenizer
 from heal_jax.model.weights import adapter_rows
 from heal_jax.model.weights import check as check_weights
@@ -35,7 +35,7 @@ from heal_jax.problems.grading import Grade, Grader
 from heal_jax.problems.sources import Problem, load
 from heal_jax.progress import Progress
 from heal_jax.sets import load_sets, place
-from heal_jax.shapes import positions
+from heal_jax.shapes import positions, train_rows
 from heal_jax.store import ROLLOUTS, RunDirectory, digest, folder_sha256, set_aside, write_text
 from heal_jax.strict import flatten, to_dict
 
@@ -229,6 +229,9 @@ def open_run(
         processes.alike("give an --out on a file system that all share", out=holder(out))
         for size in undivided(mesh.shape, split):
             progress.say(f"note: the mesh does not divide {size.what}; it stays whole on every device")
+        rows = train_rows(config.train, batch_parts(mesh))
+        if empty := rows - config.train.batch:
+            progress.say(f"note: {empty} of the {rows} rows of a training step are empty; train.batch {rows} wastes none")
         figures = hygiene.counts(loaded, removed)
         if removed:
             progress.say(f"hygiene    {hygiene.described(figures)}: see {out / hygiene.FILE}")

@@ -5,7 +5,7 @@ The stages and `heal plan` take them from here, so that what is planned is what 
 
 import dataclasses
 
-from heal_jax.config import Config, SampleSpec
+from heal_jax.config import Config, SampleSpec, TrainSpec
 from heal_jax.sets import Draw
 
 BUCKET = 32  # also a multiple of what vector units work on
@@ -82,6 +82,12 @@ class Shape:
             found.append(Shape(count, 1, width, new, rows, 1, eight_bit=self.eight_bit, done=done))
             done += new
         return found
+
+
+def train_rows(spec: TrainSpec, parts: int) -> int:
+    """Rows of a training step where a mesh splits rows into `parts`: empty ones below the batch's own where need be."""
+    multiple = spec.accumulate * parts
+    return -(-spec.batch // multiple) * multiple
 
 
 def at_once(contexts: int, repeats: int, context: int, max_new: int) -> Shape:

@@ -574,7 +574,8 @@ def test_nothing_to_train_on(tmp_path: Path, phases: list[Phase]) -> None:
 
 
 def test_sharded_training(tmp_path: Path, uninterrupted: tuple[Path, Model, list[dict[str, Any]]]) -> None:
-    """Four devices: one compilation, placed as the table says, resumed to the same bits, near the weights of one."""
+    """Four devices: one compilation, placed as the table says, resumed to the same bits, near the weights of one; also
+    where parts of a batch are fewer rows than devices."""
     code = f"""
 import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
@@ -584,7 +585,7 @@ from heal_jax.model.decoder import Model, initialise
 from heal_jax.model.mesh import make_mesh
 from heal_jax.model.weights import save_weights, shardings
 from heal_jax.train.step import train_step
-from test_train_loop import CONFIG, Stop, run, same_bits, stop_at
+from test_train_loop import CONFIG, SPEC, Stop, run, same_bits, stop_at
 import dataclasses
 folder = Path({str(tmp_path)!r})
 mesh = make_mesh({{"data": 1, "fsdp": 2, "tensor": 2}})
@@ -603,6 +604,9 @@ placed = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), whole
 assert jax.tree.all(placed), placed
 assert not whole.params["embed"][...].is_fully_replicated
 save_weights(whole, folder)
+(folder / "filled").mkdir()
+spec = dataclasses.replace(SPEC, accumulate=2)  # two parts of two rows
+save_weights(run(folder / "few", model=on_one, mesh=make_mesh({{"data": 4}}), spec=spec), folder / "filled")
 """
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "NPROC": "16"}
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
@@ -613,6 +617,7 @@ save_weights(whole, folder)
 
     (tmp_path / "one").mkdir()
     save_weights(uninterrupted[1], tmp_path / "one")
-    sharded, one = (load_file(f / "model.safetensors") for f in (tmp_path, tmp_path / "one"))
+    sharded, filled, one = (load_file(tmp_path / name / "model.safetensors") for name in ("", "filled", "one"))
     for name, weight in one.items():
         np.testing.assert_allclose(sharded[name], weight, atol=2e-4, err_msg=name)
+        np.testing.assert_allclose(filled[name], weight, atol=2e-4, err_msg=name)

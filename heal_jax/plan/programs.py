@@ -42,6 +42,7 @@ from heal_jax.shapes import (
     repair_shape,
     sample_shape,
     score_shape,
+    train_rows,
 )
 from heal_jax.train.data import Batch
 from heal_jax.train.loop import abstract_state, optimizer
@@ -358,7 +359,8 @@ def _all(config: Config, work: Workload, mesh: Mesh, teacher: Weights, student: 
     width = max(config.train.row_tokens, bucket(config.train.max_tokens))
     updates = 2 * config.train.steps  # HEAL and the baseline
     before = () if config.train.lora.rank else (student,)  # LoRA's frozen weights are those of the student as it was
-    yield Train(("train",), student, before, updates, rows=config.train.batch, width=width, spec=config.train)
+    rows = train_rows(config.train, batch_parts(mesh))
+    yield Train(("train",), student, before, updates, rows=rows, width=width, spec=config.train)
     # Other models' weights that are in memory then: the student as it was, from before its training on.
     prompts = {m.name: {name: one.prompts[m.name] for name, one in work.sets.items()} for m in (teacher, student)}
     for draw in draws(config, dev=True):

@@ -203,6 +203,11 @@ def batches(
     return iter(grain.experimental.ThreadPrefetchIterDataset(packed, prefetch_buffer_size=2))
 
 
+def filled_up(batch: Batch, rows: int) -> Batch:
+    """The batch with empty rows below its own: [rows, length], for a mesh that does not divide its rows."""
+    return Batch(*(np.pad(x, ((0, rows - len(x)), (0, 0))) for x in batch))
+
+
 def unpack(features: dict[str, np.ndarray]) -> tuple[Batch, np.ndarray]:
     """A batch of `batches`, and the index of each slot's example, [rows, length] int32, -1 for padding."""
     f = features

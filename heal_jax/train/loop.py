@@ -31,11 +31,12 @@ from heal_jax.config import TrainSpec
 from heal_jax.errors import RunError
 from heal_jax.model.decoder import Model
 from heal_jax.model.lora import adapted, split
-from heal_jax.model.mesh import put_batch, using
+from heal_jax.model.mesh import batch_parts, put_batch, using
 from heal_jax.model.weights import shardings
 from heal_jax.processes import once
+from heal_jax.shapes import train_rows
 from heal_jax.train.checkpoint import Progress, keep_whole, opened, require_room, restore
-from heal_jax.train.data import Batch, Example, batches, unpack
+from heal_jax.train.data import Batch, Example, batches, filled_up, unpack
 from heal_jax.train.meter import Meter
 from heal_jax.train.step import train_step
 
@@ -157,6 +158,7 @@ def train(
     trainable, frozen = split(model.params)
     target = abstract_state(model, transform, mesh)
     leaves = jax.tree.leaves((target["params"], target["opt_state"]))
+    rows = train_rows(spec, batch_parts(mesh))
     pinned = None if mesh is None else tuple(leaf.sharding for leaf in leaves)
     identity = _identity(model, phases, spec, length, pad_id, seed)
     ends = set(itertools.accumulate(phase.steps for phase in phases if phase.steps))
@@ -187,7 +189,7 @@ def train(
         for at, batch, ids, stream in _steps(phases, progress.step, data, spec.batch, length, seed, pad_id):
             if not batch.mask.any():
                 raise RunError(f"training step {at.step} ({at.phase}): the batch has no token to learn: {ids()[:10]}")
-            placed = put_batch(mesh, batch)
+            placed = put_batch(mesh, filled_up(batch, rows))
             with using(mesh):
                 params, opt_state, metrics = train_step(
                     model.graph,
