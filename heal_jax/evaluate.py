@@ -9,6 +9,7 @@ import numpy as np
 
 from heal_jax import processes
 from heal_jax.ask import ask, prepare
+from heal_jax.bootstrap import interval
 from heal_jax.config import Config
 from heal_jax.curriculum import train_one, training_plan
 from heal_jax.model.lm import LanguageModel
@@ -82,16 +83,6 @@ def problem_means(run: Run, name: str, draw: Draw) -> np.ndarray:
         for row in run.directory.read(f"{draw.folder}/{file}").to_pylist():
             found[row["problem_id"]].append(row["grade"] == "correct")
     return np.array([np.mean(found[p.id]) for p in run.evaluation[draw.set]])
-
-
-def interval(values: np.ndarray, resamples: int, seed: int) -> list[float]:
-    """95 % percentile-bootstrap interval of the mean over problems: values [problems] -> [low, high].
-
-    Resampling problems (not samples) keeps the dependence between the samples of one problem.
-    """
-    rng = np.random.default_rng([seed, len(values)])
-    means = values[rng.integers(0, len(values), size=(resamples, len(values)))].mean(axis=1)
-    return [float(x) for x in np.quantile(means, [0.025, 0.975])]
 
 
 def accuracy(config: Config, problems: Sequence[Problem], values: np.ndarray) -> dict[str, Any]:

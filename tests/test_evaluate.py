@@ -18,9 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from heal_jax import ask
+from heal_jax.bootstrap import interval
 from heal_jax.cli import run as heal
 from heal_jax.config import Config, EvaluateSet, GradeSpec, ProblemSpec, dump, load
-from heal_jax.evaluate import MODELS, evaluate, interval
+from heal_jax.evaluate import MODELS, evaluate
 from heal_jax.model.lm import resolve
 from heal_jax.problems.grading import Grader
 from heal_jax.problems.sources import load as load_problems

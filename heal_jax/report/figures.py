@@ -1,16 +1,19 @@
-"""The plots, as plotly figures in plain data.
+"""The plots, as plotly figures in plain data: each is a function of a run.
 
 Colours are names such as "$accent"; the page puts in those of its light or dark scheme. Text from files is escaped,
-since plotly reads a few tags in labels.
+since plotly reads a few tags in labels. Elsewhere, as in a notebook:
+
+    run = heal_jax.report.data.load(Path("runs/quickstart"))
+    plotly.graph_objects.Figure(figures.resolve(figures.flow(run)))
 """
 
 import html
 import itertools
 from collections import Counter
-from collections.abc import Sequence
 from typing import Any
 
 from heal_jax.pace import SOLVED_RATE
+from heal_jax.report.colours import resolve as resolve
 from heal_jax.report.data import RunData
 
 MODELS = {"teacher": "Teacher", "student_base": "Student before", "rejection_sampling": "Rejection sampling",
@@ -58,8 +61,9 @@ def levels(accuracy: dict[str, Any]) -> list[str]:
     return [] if names == [""] else sorted(names, key=lambda name: rank.get(name, len(LEVELS)))
 
 
-def accuracies(accuracy: dict[str, Any]) -> Figure:
+def accuracies(run: RunData) -> Figure:
     """Mean and 95 % interval of the four models, overall and by level."""
+    accuracy = run.summary.get("accuracy", {})
     names = levels(accuracy)
     traces = []
     for model, title in MODELS.items():
@@ -107,8 +111,10 @@ def accuracies(accuracy: dict[str, Any]) -> Figure:
     )
 
 
-def pass_rates(problems: Sequence[dict[str, Any]], n: int, max_correct: int) -> Figure:
+def pass_rates(run: RunData) -> Figure:
     """How many problems have each number of correct unaided rollouts, and where unsolved and solved begin."""
+    problems = [p for p in run.problems.values() if p["stratum"] and p["pass_rate"] is not None]
+    n, max_correct = run.settings.sample.n, run.settings.gear.max_correct
     names = {"unsolved": "$accent", "hard": "$middle", "solved": "$faint"}
     traces = []
     for name, colour in names.items():
@@ -223,8 +229,9 @@ def problem_flow(run: RunData) -> dict[tuple[str, str], int]:
     return dict(links)
 
 
-def losses(training: Sequence[dict[str, Any]]) -> Figure:
+def losses(run: RunData) -> Figure:
     """Training loss of both students; dotted lines where HEAL's phases change."""
+    training = run.training
     traces = []
     for model in ("rejection_sampling", "heal"):
         events = [event for event in training if event["model"] == model]

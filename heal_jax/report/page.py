@@ -12,7 +12,7 @@ from typing import Any
 from plotly.offline import get_plotlyjs
 
 from heal_jax import store
-from heal_jax.report import figures, repairs
+from heal_jax.report import colours, figures, repairs
 from heal_jax.report.data import RunData, grades, load
 from heal_jax.report.markup import Html, join, number, percent, points, script_json, table, tag
 from heal_jax.sets import further
@@ -39,7 +39,7 @@ def write_report(root: Path) -> Path:
     text = string.Template(_asset("template.html")).substitute(
         policy=policy,
         title=tag("title", f"{root.resolve().name}: HEAL report")[len("<title>") : -len("</title>")],
-        style=_asset("style.css"),
+        style=colours.css() + _asset("style.css"),
         body=body,
         plotly=scripts[0],
         draw=scripts[1],
@@ -89,7 +89,7 @@ def did_it_help(run: RunData) -> Iterable[Html]:
         yield todo("the accuracies of teacher and students on held-out problems (heal evaluate).")
     else:
         names = figures.levels(accuracy)
-        yield plot(figures.accuracies(accuracy), "accuracy of the four models, 95 % intervals", wide=len(names) > 4)
+        yield plot(figures.accuracies(run), "accuracy of the four models, 95 % intervals", wide=len(names) > 4)
         rows = []
         for model, title in figures.MODELS.items():
             found = accuracy.get(model)
@@ -181,7 +181,7 @@ def where_from(run: RunData) -> Iterable[Html]:
         n, most = run.settings.sample.n, run.settings.gear.max_correct
         ceiling = sum(p["stratum"] == "unsolved" for p in problems)
         yield tag("h3", "The teacher’s ceiling")
-        yield plot(figures.pass_rates(problems, n, most), "histogram of the pass rates of the problems")
+        yield plot(figures.pass_rates(run), "histogram of the pass rates of the problems")
         yield tag(
             "p",
             f"{ceiling} of {len(problems)} problems ({percent(ceiling / len(problems))}) lie above the ceiling: at "
@@ -240,7 +240,7 @@ def how_training(run: RunData) -> Iterable[Html]:
     if not run.training:
         yield todo("the loss of both students (heal train).")
         return
-    yield plot(figures.losses(run.training), "training loss of both students")
+    yield plot(figures.losses(run), "training loss of both students")
     rows = []
     for model in ("rejection_sampling", "heal"):
         events = [event for event in run.training if event["model"] == model]
