@@ -231,7 +231,7 @@ def open_run(
             progress.say(f"note: the mesh does not divide {size.what}; it stays whole on every device")
         rows = train_rows(config.train, batch_parts(mesh))
         if empty := rows - config.train.batch:
-            progress.say(f"note: {empty} of the {rows} rows of a training step are empty; train.batch {rows} wastes none")
+            progress.say(f"note: {empty} of {rows} rows of a training step are empty; train.batch {rows} wastes none")
         figures = hygiene.counts(loaded, removed)
         if removed:
             progress.say(f"hygiene    {hygiene.described(figures)}: see {out / hygiene.FILE}")
