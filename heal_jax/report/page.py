@@ -12,7 +12,7 @@ from typing import Any
 from plotly.offline import get_plotlyjs
 
 from heal_jax import store
-from heal_jax.report import colours, figures, repairs
+from heal_jax.report import colours, figures, payload, repairs
 from heal_jax.report.data import RunData, grades, load
 from heal_jax.report.markup import Html, join, number, percent, points, script_json, table, tag
 from heal_jax.sets import further
@@ -24,25 +24,35 @@ STAGES = ("sample", "hindsight", "repair", "curate", "train", "evaluate", "expor
 def write_report(root: Path) -> Path:
     """Write root/report.html and return its path. Raises InputError where root is not a run directory."""
     run = load(root)
+    packed = payload.pack(run)
     sections = (
         ("Did it help?", did_it_help),
         ("Where did the data come from?", where_from),
-        ("What does a repair look like?", what_repairs),
+        ("What does a repair look like?", lambda run: what_repairs(run, packed)),
         ("How did training go?", how_training),
         ("What was run?", what_ran),
     )
     body = join([header(run), tag("main", [tag("section", tag("h2", name), *make(run)) for name, make in sections])])
-    # Nothing may be asked of any network, and only these two scripts run, whatever the page holds.
-    scripts = [get_plotlyjs().replace("</script", "<\\/script"), _asset("draw.js")]
+    # Nothing may be asked of any network, and only these three scripts run, whatever the page holds.
+    browser = "".join(map(_asset, ("text.js", "payload.js", "detail.js", "browser.js")))
+    scripts = [
+        get_plotlyjs().replace("</script", "<\\/script"),
+        _asset("draw.js"),
+        f'(() => {{\n"use strict";\n{browser}}})();\n',
+    ]
     hashes = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'" for s in scripts)
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src {hashes}; base-uri 'none'"
     text = string.Template(_asset("template.html")).substitute(
         policy=policy,
         title=tag("title", f"{root.resolve().name}: HEAL report")[len("<title>") : -len("</title>")],
-        style=colours.css() + _asset("style.css"),
+        style=colours.css() + _asset("style.css") + _asset("browser.css"),
         body=body,
         plotly=scripts[0],
         draw=scripts[1],
+        # The list is drawn before Plotly and the blocks are read.
+        index=payload.elements([packed.index], "rollout-index"),
+        browser=scripts[2],
+        blocks=payload.elements(packed.blocks, "rollout-block"),
     )
     path = root / "report.html"
     store.write_text(path, text, f".{os.getpid()}")  # heal report may write it while heal run does
@@ -213,27 +223,24 @@ def _counts(summary: dict[str, Any]) -> Iterable[Html]:
         yield table(["Curriculum", "examples", "tokens"], rows)
 
 
-def what_repairs(run: RunData) -> Iterable[Html]:
-    shown = repairs.pairs(run)
-    if not shown:
-        none = "repair" in run.manifest["stages"] and "repair" in run.summary
-        yield tag("p", "There are no repairs to show.") if none else todo("repairs of failed rollouts (heal repair).")
+def what_repairs(run: RunData, packed: payload.Payload) -> Iterable[Html]:
+    if not run.rollouts.num_rows:
+        yield todo("rollouts of the teacher, and repairs of the failed ones (heal sample, heal repair).")
         return
-    top = repairs.top_entropy(shown)
+    if not packed.examples:
+        none = "repair" in run.manifest["stages"]
+        yield tag("p", "There are no repairs to show.") if none else todo("repairs of failed rollouts (heal repair).")
     yield tag(
         "p",
-        "Left, a failed rollout of the teacher: the step where its entropy surges, and the cut before it. Right, the "
-        "repair: what is kept, what the teacher alone is shown, and how it goes on. PURE then looks at the new steps "
-        "without the hint: a ratio well above 1 means that the teacher would not have gone there by itself. The last "
-        "line, A, is the answer, scored as one more step.",
+        "A repair keeps the first steps of a failed rollout, up to the cut before the step where the teacher’s entropy "
+        "surges; the teacher alone is then shown a hint and goes on. PURE looks at the new steps without the hint: a "
+        "ratio well above 1 means that the teacher would not have gone there by itself. Line A is the answer, scored "
+        "as one more step.",
     )
-    if any(one.shaded for pair in shown for one in pair if one):
-        yield repairs.legend(top)
-    if not all(one.shaded for pair in shown for one in pair if one):
-        yield tag(
-            "p", "Without the teacher’s tokenizer the texts are plain: no entropies of single tokens.", class_="todo"
-        )
-    yield from (repairs.card(run, repair, parent, top) for repair, parent in shown)
+    if packed.left_out:
+        yield tag("p", packed.left_out, class_="todo")
+    yield Html(_asset("browser.html"))
+    yield repairs.without_script(run, packed.examples)
 
 
 def how_training(run: RunData) -> Iterable[Html]:

@@ -4,18 +4,18 @@ import dataclasses
 import math
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from heal_jax.config import Config
 from heal_jax.model.tokenizer import Tokenizer
 from heal_jax.problems.answers import answer_span
 from heal_jax.report.data import RunData
+from heal_jax.rollout.thinking import thinking_part
 
 END = "⟨end⟩"  # stands for the EOS, which has an entropy but no text
 
 
-@dataclasses.dataclass(frozen=True)
-class Token:
+class Token(NamedTuple):
     """entropy (nats) is None where the teacher did not decode it in this rollout, or token texts are not known."""
 
     text: str
@@ -44,7 +44,9 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """answer: the figures of the answer, PURE's last step. hint: what the teacher saw and the student will not."""
+    """answer: the figures of the answer, PURE's last step. hint: what the teacher saw and the student will not. after:
+    what follows a thinking part, which is of no step.
+    """
 
     row: dict[str, Any]
     question: str
@@ -52,6 +54,12 @@ class View:
     answer: Scored | None
     hint: str
     shaded: bool  # whether the text of each token is known
+    after: tuple[Token, ...] = ()
+
+    @property
+    def tokens(self) -> tuple[Token, ...]:
+        """All tokens of the rollout; where their texts are not known, the texts of its steps."""
+        return (*(token for step in self.steps for token in step.tokens), *self.after)
 
     @property
     def kept_steps(self) -> int:
@@ -63,7 +71,8 @@ def view(run: RunData, row: dict[str, Any]) -> View:
     kept = row["kept_tokens"] or 0
     tokens, shaded = _tokens(row, run.tokenizer)
     starts = row["step_starts"] or [0]
-    bounds = list(zip(starts, [*starts[1:], len(row["tokens"])], strict=True))
+    last = max(starts[-1], _thinking_end(row, tokens, run.settings)) if shaded else len(row["tokens"])
+    bounds = list(zip(starts, [*starts[1:], last], strict=True))
     # The opening of a thinking part is of no step: it is shown before the first.
     texts = (
         [tokens[start if i else 0 : end] for i, (start, end) in enumerate(bounds)]
@@ -82,7 +91,20 @@ def view(run: RunData, row: dict[str, Any]) -> View:
         )
         for i, (start, end) in enumerate(bounds)
     )
-    return View(row, run.question(row), steps, answer, _hint(run, row, shaded), shaded)
+    after = tuple(tokens[last:]) if shaded else ()
+    return View(row, run.question(row), steps, answer, _hint(run, row, shaded), shaded, after)
+
+
+def _thinking_end(row: dict[str, Any], tokens: Sequence[Token], config: Config) -> int:
+    """Tokens up to where the thinking part ends; all where the config knows none."""
+    if not config.grade.think_end:
+        return len(tokens)
+    spans, start = [], 0
+    for text, _ in tokens:
+        text = "" if text == END else text
+        spans.append((text, start))
+        start += len(text)
+    return thinking_part(spans, len(row["tokens"]), config.grade)[1] or len(tokens)
 
 
 def _tokens(row: dict[str, Any], tokenizer: Tokenizer | None) -> tuple[list[Token], bool]:
