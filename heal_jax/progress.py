@@ -109,12 +109,16 @@ class Progress:
     def stage(self, name: str) -> Iterator[None]:
         """Inside, a stage of a run is at work."""
         began = self._now()
-        self._stage, self._doing, self._standing = name, "", None
         self.log("stage_start", stage=name)
-        self._show()
+        self.at(name)
         yield
         self._stage, self._doing, self._standing = "", "", None
         self.log("stage_end", stage=name, seconds=round(self._now() - began, 3))
+
+    def at(self, name: str, doing: str = "") -> None:
+        """From now on this is at work, of which nothing is there yet."""
+        self._stage, self._doing, self._standing = name, doing, None
+        self._show()
 
     def doing(self, what: str) -> None:
         """What the unit is at, on the live display alone."""

@@ -59,6 +59,7 @@ def main(command: str, argv: list[str], progress: Progress) -> int:
         if not processes.primary():
             progress.mute()
         cache.enable(progress.say)
+        progress.at("checks", "config, problems, models")
         needs, line = NEEDS.get(command, ()), shlex.join(["heal", command, *argv])
         with open_run(arguments.settings, arguments.out, progress, needs, line) as opened:
             run_stages(opened, names)

@@ -35,7 +35,7 @@ def rollouts(root: Path, filters: Filters, limit: int, console: Console) -> None
     """
     run = load(root)
     for note in run.notes:
-        say(console, Text(clean(note), style="italic"))
+        say(Console(stderr=True, highlight=False), Text(clean(note), style="italic"))  # stdout is for the list
     if not run.rollouts.num_rows:
         say(console, Text("There are no rollouts yet: `heal sample` makes them."))
     elif filters == Filters():

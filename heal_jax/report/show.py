@@ -132,9 +132,11 @@ def _legend(console: Console, top: float, known: bool, cut: View | None) -> Text
     """What the shades and the marks beside the steps mean."""
     if not known:
         return Text("(plain text: the texts of single tokens are not known)", style="dim")
-    ramp = [Text("  ", style=shade) for shade in SHADES] if console.color_system else [Text("..")]
-    marks = f"   {WINDOW} window, {SURGE} breakpoint" if cut is not None else ""
-    return Text.assemble("token entropy, nats: 0 ", *ramp, f" {top:.2f}", (marks, "dim"))
+    marks = Text(f"{WINDOW} window, {SURGE} breakpoint" if cut is not None else "", "dim")
+    if console.color_system is None:
+        return marks
+    ramp = [Text("  ", style=shade) for shade in SHADES]
+    return Text.assemble("token entropy, nats: 0 ", *ramp, f" {top:.2f}   ", marks)
 
 
 Line = tuple[int, Text]  # columns that it is indented by where it is broken, and its text
