@@ -3,7 +3,6 @@
 `heal plan` compiles and knows better, for TPUs; this takes no time and is for any machine.
 """
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -64,8 +63,3 @@ def needs(config: Config, models: Mapping[str, DecoderConfig], mesh: Mapping[str
 def checkpoint_bytes(config: Config, student: DecoderConfig) -> float:
     """Of one checkpoint of training: master weights and moments."""
     return 12.0 * (count(student, config.train.lora) or parameters(student))
-
-
-def with_batch(config: Config, rows: int) -> Config:
-    """The same with another sample.batch."""
-    return dataclasses.replace(config, sample=dataclasses.replace(config.sample, batch=rows))
