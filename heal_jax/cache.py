@@ -52,19 +52,30 @@ def enable(say: Callable[[str], None]) -> None:
     if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return
     path = folder()
-    try:
-        for own in (path.parent, path):
-            own.mkdir(mode=0o700, parents=True, exist_ok=True)
-            found = own.stat()
-            if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-                raise PermissionError(0, "others may write there")
-        _remove_torn(path)
-    except OSError as error:
-        say(f"note: {path}: no compilation cache ({error.strerror or error}); every run compiles anew")
+    if wrong := unusable(path):
+        say(f"note: {path}: no compilation cache ({wrong}); every run compiles anew")
         return
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_compilation_cache_max_size", MAX_BYTES)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_SECONDS)
+
+
+def unusable(path: Path, make: bool = True) -> str:
+    """Why this folder cannot be the cache; empty where it can. make: make it, and mend what is torn in it."""
+    try:
+        for own in (path.parent, path):
+            if make:
+                own.mkdir(mode=0o700, parents=True, exist_ok=True)
+            elif not own.is_dir():
+                return ""  # a run makes it
+            found = own.stat()
+            if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+                return "others may write there"
+        if make:
+            _remove_torn(path)
+    except OSError as error:
+        return str(error.strerror or error)
+    return ""
 
 
 def _remove_torn(path: Path) -> None:

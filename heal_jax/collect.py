@@ -29,6 +29,7 @@ from heal_jax.rollout.thinking import opening, thinking_steps
 from heal_jax.run import Run, hindsight_question, hint_text
 from heal_jax.shapes import Shape, bucket, hindsight_shape, repair_shape, sample_shape, score_shape
 from heal_jax.store import PROBLEMS, write_table
+from heal_jax.tally import Tally
 from heal_jax.world.check import first_wrong_step
 
 
@@ -59,11 +60,7 @@ def sample(run: Run) -> None:
         ids = tuple(f"{problem.id}/base/{i}/s{run.config.seed}" for i in range(spec.n))
         return Group(run.prompts[problem.id], ids, spec.max_new_tokens)
 
-    correct: dict[str, int] = defaultdict(int)
-    for problem_id, grade in _shards(
-        run, "base", run.problems, shape, group, lambda p: {}, lambda p: p, longest_prompt(run)
-    ):
-        correct[problem_id] += grade == "correct"
+    correct = _shards(run, "base", run.problems, shape, group, lambda p: {}, lambda p: p, longest_prompt(run)).correct
     strata = {p.id: stratum(correct[p.id], spec.n, run.config.gear.max_correct) for p in run.problems}
     rows = [
         {
@@ -202,18 +199,19 @@ def _shards(
     made: Callable[[Any], dict[str, Any]],
     problem: Callable[[Any], Problem],
     longest: int,
-) -> list[tuple[str, str]]:
-    """Make the missing shards of a stage, `shape.contexts` units each; problem id and grade of every rollout.
+) -> Tally:
+    """Make the missing shards of a stage, `shape.contexts` units each; what was found in all of them.
 
     longest: tokens of the longest plain prompt with its kept prefix.
     """
     drawn = rules(run.config.sample)
     stage = {"base": "sample"}.get(kind, kind)
-    graded: list[tuple[str, str]] = []
-    correct, total = 0, -(-len(units) // shape.contexts)
+    tally, total = Tally(run.config, kind), -(-len(units) // shape.contexts)
+    run.progress.update(stage, 0, total, "shards")
 
     def make(part: Sequence[Any], tokens: list[int], owner: int) -> list[dict[str, Any]]:
         with run.work(stage, tokens):
+            run.progress.doing(f"decoding {len(part) * shape.repeats:,} rollouts")
             groups = [group(unit) for unit in part]
             several = generate(run.teacher, groups, shape, drawn)
             made_rollouts = [
@@ -229,22 +227,22 @@ def _shards(
         owner = number % processes.count()
         rows = functools.partial(make, part, tokens, owner)
         table = run.shard(stage, f"rollouts/{kind}-{number:05d}", rows, owner=owner)
-        new = list(zip(table["problem_id"].to_pylist(), table["grade"].to_pylist()))
-        graded += new
-        correct += sum(grade == "correct" for _, grade in new)
-        note = f"{len(graded)} rollouts, {correct / len(graded):.0%} correct"
-        run.progress.update(stage, number + 1, total, note, sum(tokens))
-    return graded
+        tally.add(table)
+        new = sum(tokens)
+        run.progress.update(stage, number + 1, total, "shards", tokens=new, found=not new, counts=tally.counts())
+    return tally
 
 
 def records(run: Run, made: Sequence[Made], longest: int, owner: int = 0) -> list[dict[str, Any]]:
     """Grade (in process `owner`), split and score rollouts: rows of the rollout record (DESIGN section 6)."""
     lm = run.teacher
+    run.progress.doing(f"grading {len(made):,} rollouts")
     # Only what was decoded is graded: a kept prefix or a hint may hold an answer.
     texts = [lm.tokenizer.text(list(m.decoded.tokens)) for m in made]
     grades = run.grade([(m.problem, text, m.decoded.finish) for m, text in zip(made, texts)], owner)
     width = bucket(run.config.sample.max_new_tokens)
     index, starts, _ = thinking_steps(lm, [m.tokens for m in made], width, run.config.grade)
+    run.progress.doing("scoring with PURE")
     scores = _pure(run, made, [g.grade for g in grades], index, longest)
     rows = []
     for i, (m, grade) in enumerate(zip(made, grades)):

@@ -38,8 +38,9 @@ def curate(run: Run) -> None:
         run.progress.say(f"curate     what is there so far: not finished are {', '.join(unfinished)}")
     record = once(lambda: _curate(run))
     run.directory.finish("curate", [run.root / "decisions.parquet", run.root / "curriculum"], **record)
-    sizes = ", ".join(f"stage {stage}: {figures['examples']}" for stage, figures in record["stages"].items())
-    run.progress.say(f"curate     {sizes} examples")
+    examples = {stage: figures["examples"] for stage, figures in record["stages"].items()}
+    aided = {kind: record[kind] for kind in ("hindsight", "repair")}
+    run.progress.update("curate", 1, 1, counts={"examples": examples, **aided})
     if own := record.get("retokenised"):
         run.progress.say(
             "curate     the student has another tokenizer or chat template: it learns its own ids of the same texts, "
@@ -246,9 +247,8 @@ def train_one(
         run.log("train", model=name, **metrics)
         made = metrics["tokens"] - work.get(stage, {"tokens": 0})["tokens"]
         work[stage] = {"seconds": round(metrics["seconds"], 3), "tokens": metrics["tokens"]}  # over all attempts
-        loss = "not finite" if metrics["loss"] is None else f"{metrics['loss']:.4f}"
-        note = f"{metrics['phase']}, loss {loss}"
-        run.progress.update(stage, metrics["step"], run.config.train.steps, note, made)
+        counts = {field: metrics.get(field) for field in ("phase", "loss", "learning_rate", "grad_norm", "mfu")}
+        run.progress.update(stage, metrics["step"], run.config.train.steps, "steps", tokens=made, counts=counts)
         track(metrics["step"], {key: x for key, x in metrics.items() if isinstance(x, float)})
 
     def assess(model: Model) -> float:

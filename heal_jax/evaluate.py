@@ -1,7 +1,7 @@
 """Accuracy of teacher and students on held-out problems, with bootstrap intervals."""
 
 import functools
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -54,16 +54,17 @@ def _shards(run: Run, name: str, draw: Draw, model: Callable[[], LanguageModel])
             tokens.extend(len(row["tokens"]) for row in rows)
             return [{"model": name, **row} for row in rows]
 
-    total, correct, seen = -(-len(problems) // shape.contexts), 0, 0
+    total, grades, stage = -(-len(problems) // shape.contexts), Counter[str](), draw.stage(name)
+    run.progress.update(stage, 0, total, "shards")
     for number in range(total):
         part = problems[number * shape.contexts : (number + 1) * shape.contexts]
         tokens: list[int] = []
         owner = number % processes.count()
         make = functools.partial(samples, part, tokens, owner)
         table = run.shard("evaluate", f"{draw.folder}/{name}-{number:05d}", make, EVALUATION, owner)
-        grades = table.column("grade").to_pylist()
-        correct, seen = correct + grades.count("correct"), seen + len(grades)
-        run.progress.update(draw.stage(name), number + 1, total, f"{correct / seen:.1%} correct", sum(tokens))
+        grades.update(table.column("grade").to_pylist())
+        counts, made = {"samples": grades.total(), "grades": dict(grades)}, sum(tokens)
+        run.progress.update(stage, number + 1, total, "shards", tokens=made, found=not made, counts=counts)
 
 
 def _model(run: Run, name: str) -> LanguageModel:

@@ -45,6 +45,7 @@ def export(run: Run) -> None:
             save_adapters(student, spec, run.root / "adapter")
             made.append(run.root / "adapter")
     run.directory.finish("export", made)
+    run.progress.update("export", len(made), len(made), "folders")
 
 
 def _written_here(path: Path) -> bool:

@@ -56,7 +56,7 @@ def run_stages(run: Run, names: list[str]) -> None:
             _start_over(run, name)
         if directory.done(name) is None:
             directory.begin(name)
-            with _memory(name):
+            with _memory(name), run.progress.stage(name):
                 STAGES[name](run)
             if name != names[-1]:
                 _tell(run)

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -73,21 +73,9 @@ def join() -> None:
     JAX finds all three itself (TPU pods, Slurm, Open MPI). Raises InputError for values that make no sense and for
     processes with different numbers of devices, RunError where the others do not come.
     """
-    coordinator = os.environ.get("HEAL_COORDINATOR")
-    if not coordinator:
-        if given := [name for name in ("HEAL_PROCESSES", "HEAL_PROCESS_ID") if os.environ.get(name)]:
-            raise InputError(f"{given[0]} is set and HEAL_COORDINATOR is not; set all three, or none")
+    arguments = named(os.environ)
+    if arguments is None:
         return
-    arguments: dict[str, Any] = {}
-    if coordinator != "auto":
-        count, index = (_number(name) for name in ("HEAL_PROCESSES", "HEAL_PROCESS_ID"))
-        port = re.fullmatch(r".+:(\d{1,5})", coordinator)
-        if port is None or not 0 < int(port[1]) < 1 << 16 or not 0 <= index < count:
-            raise InputError(
-                f"HEAL_COORDINATOR={coordinator} HEAL_PROCESSES={count} HEAL_PROCESS_ID={index}: "
-                "HOST:PORT (or auto), the number of processes, and 0 to one less are expected"
-            )
-        arguments = {"coordinator_address": coordinator, "num_processes": count, "process_id": index}
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_enable_preemption_service", False)  # it would make SIGTERM do nothing
     _end_in_one_line()
@@ -107,11 +95,31 @@ def join() -> None:
         # gloo gives its first collective half a minute: have it while all are here.
         multihost_utils.sync_global_devices("joined")
     except (RuntimeError, ValueError) as error:
-        raise RunError(f"{coordinator}: the processes did not find each other ({error})") from None
+        raise RunError(f"{os.environ['HEAL_COORDINATOR']}: the processes did not find each other ({error})") from None
 
 
-def _number(name: str) -> int:
-    value = os.environ.get(name, "")
+def named(environment: Mapping[str, str]) -> dict[str, Any] | None:
+    """What the environment says of the job, as `jax.distributed.initialize` takes it; empty for auto, None where there
+    is none. Raises InputError for values that make no sense."""
+    coordinator = environment.get("HEAL_COORDINATOR")
+    if not coordinator:
+        if given := [name for name in ("HEAL_PROCESSES", "HEAL_PROCESS_ID") if environment.get(name)]:
+            raise InputError(f"{given[0]} is set and HEAL_COORDINATOR is not; set all three, or none")
+        return None
+    if coordinator == "auto":
+        return {}
+    count, index = (_number(environment, name) for name in ("HEAL_PROCESSES", "HEAL_PROCESS_ID"))
+    port = re.fullmatch(r".+:(\d{1,5})", coordinator)
+    if port is None or not 0 < int(port[1]) < 1 << 16 or not 0 <= index < count:
+        raise InputError(
+            f"HEAL_COORDINATOR={coordinator} HEAL_PROCESSES={count} HEAL_PROCESS_ID={index}: "
+            "HOST:PORT (or auto), the number of processes, and 0 to one less are expected"
+        )
+    return {"coordinator_address": coordinator, "num_processes": count, "process_id": index}
+
+
+def _number(environment: Mapping[str, str], name: str) -> int:
+    value = environment.get(name, "")
     if not re.fullmatch(r"[0-9]{1,6}", value):
         raise InputError(f"{name}: a number is expected beside HEAL_COORDINATOR, not {value!r}")
     return int(value)

@@ -69,6 +69,13 @@ def _evaluation(run: Run) -> dict[str, Any]:
     return accuracy | main | ({"sets": found} if found else {})
 
 
+def figures(root: Path) -> dict[str, Any]:
+    """What a finished run has to say to programs, and where its outputs are."""
+    summary = read_json(root / "summary.json")
+    outputs = {"report": str(root / "report.html"), "student": str(root / "export")}
+    return {name: summary[name] for name in ("accuracy", "difference")} | outputs
+
+
 def verdict(root: Path) -> str:
     """The run in a few lines, for the terminal."""
     summary = read_json(root / "summary.json")

@@ -5,7 +5,6 @@ import os
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from heal_jax.bench.fuzz import command, watch, worker
 from heal_jax.bench.fuzz.config import LAUGHS
@@ -13,6 +12,7 @@ from heal_jax.bench.fuzz.model import INDEX, PICKLE, TEMPLATE, WEIGHTS, Folder
 from heal_jax.bench.fuzz.problems import Problems
 from heal_jax.bench.fuzz.run import Damage, signed
 from heal_jax.errors import InputError, RunError
+from heal_jax.progress import Progress
 
 CASES = {"config": 150, "problems": 120, "model": 40, "run": 10}
 ALIAS = b"problems: {options: {a: &a [*a]}}"
@@ -231,7 +231,7 @@ def test_a_failure_is_shrunk_and_ends_the_command(tmp_path, monkeypatch, capsys)
     }
     monkeypatch.setattr(command, "measure", lambda *arguments: result)
     with pytest.raises(RunError, match="1 cases fail"):
-        command.run(1, 0, Path("tiny.yaml"), Console(), tmp_path / "found.json")
+        command.run(1, 0, Path("tiny.yaml"), Progress(quiet=True), tmp_path / "found.json")
     assert json.loads((tmp_path / "found.json").read_text()) == result
     said = capsys.readouterr().out
     kept = Path(next(line for line in said.splitlines() if ".txt: " in line).partition(": ")[0])
@@ -240,8 +240,6 @@ def test_a_failure_is_shrunk_and_ends_the_command(tmp_path, monkeypatch, capsys)
 
 def test_a_process_that_dies_is_a_failure(tmp_path, monkeypatch):
     """As a crash of a library in C would end it: the case is known."""
-    from heal_jax.progress import Progress
-
     (tmp_path / "made").mkdir()
     program = "import sys, os; open(os.path.join(sys.argv[6], 'current.txt'), 'w').write('7\\nthe case'); os.abort()"
     fake = tmp_path / "python"
@@ -255,7 +253,7 @@ def test_a_process_that_dies_is_a_failure(tmp_path, monkeypatch):
 def test_without_hypothesis_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'heal-jax\[fuzz\]'"):
-        command.run(1, 0, Path("tiny.yaml"), Console(), None)
+        command.run(1, 0, Path("tiny.yaml"), Progress(quiet=True), None)
 
 
 def test_a_deadline_ends_loops_on_any_thread_and_nothing_after():

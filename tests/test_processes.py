@@ -280,7 +280,7 @@ import heal_jax.cli as cli
 from heal_jax import processes
 from heal_jax.errors import InputError, RunError
 
-def command(argv):
+def command(argv, progress):
     import jax
     with processes.job():
         me = jax.process_index()

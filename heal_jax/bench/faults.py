@@ -162,6 +162,7 @@ def measure(
             if place := run.attempt(target, draw.random()).place:
                 killed[place] += 1
                 progress.say(f"kill {killed.total()} of {kills}: in {place}")
+                progress.update("faults", killed.total(), kills, "kills")
         run.attempt()
         found, have = content(run.out), rollout_ids(run.out)
         lost += (ids - have).total()
@@ -199,13 +200,14 @@ def show(result: Mapping[str, Any], console: Console) -> None:
     )
 
 
-def run(config: Path, kills: int, console: Console, file: Path | None) -> None:
+def run(config: Path, kills: int, progress: Progress, file: Path | None) -> None:
     """Raises RunError where anything was lost, made twice, or differs."""
-    with Progress() as progress:
-        result = measure(config, kills, progress)
+    result = measure(config, kills, progress)
+    progress.close()
     if file is not None:
         write_json(file, result)
-    show(result, console)
+    show(result, progress.printer)
+    progress.log("result", **result)
     if any((result["lost"], result["duplicated"], result["shards_made_again"], result["differing"])):
         what: Sequence[str] = result["differing"][:5]
         raise RunError(f"the killed runs are not as the undisturbed one ({', '.join(what)}); see {result['folder']}")

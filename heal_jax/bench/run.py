@@ -28,7 +28,7 @@ REPEATS = 5
 def run(
     part: str,
     model: str,
-    console: Console,
+    progress: Progress,
     *,
     file: Path | None,
     quick: bool,
@@ -37,18 +37,21 @@ def run(
 ) -> list[Figure]:
     """Measure one part, or all; the table (as Markdown, if `table`), and JSON in `file`."""
     start = time.monotonic()
-    with Progress() as progress:
-        cache.enable(progress.say)  # compiling is no part of any figure, and is most of a first run
-        lm = open_model(ModelSpec(model))
-        bench = Bench(lm, quick, 2 if quick else REPEATS, tunix_python, progress.say)
-        found = machine.describe()
-        found["bytes_per_second"] = machine.bandwidth(1 << 24 if quick else machine.READ_BYTES)
-        figures: list[Figure] = []
-        try:
-            for name in PARTS if part == "all" else (part,):
-                figures += PARTS[name](bench)
-        finally:
-            bench.close()
+    cache.enable(progress.say)  # compiling is no part of any figure, and is most of a first run
+    lm = open_model(ModelSpec(model))
+    bench = Bench(lm, quick, 2 if quick else REPEATS, tunix_python, progress.say)
+    found = machine.describe()
+    found["bytes_per_second"] = machine.bandwidth(1 << 24 if quick else machine.READ_BYTES)
+    figures: list[Figure] = []
+    names = list(PARTS) if part == "all" else [part]
+    try:
+        for number, name in enumerate(names):
+            progress.update("bench", number, len(names), "parts", counts={"part": name})
+            figures += PARTS[name](bench)
+        progress.update("bench", len(names), len(names), "parts")
+    finally:
+        bench.close()
+    progress.close()
     found["load_after"] = os.getloadavg()[0]
     found["versions"] |= bench.versions
     result = {
@@ -62,7 +65,8 @@ def run(
     }
     if file is not None:
         write_json(file, result)
-    _print(result, figures, console, table)
+    progress.log("result", **result)
+    _print(result, figures, progress.printer, table)
     return figures
 
 

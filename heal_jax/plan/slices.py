@@ -1,7 +1,7 @@
 """The plan of a run on one slice: every program compiled, the whole run added up."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jax.sharding import Mesh
@@ -16,6 +16,7 @@ from heal_jax.plan.estimate import Estimate, estimate
 from heal_jax.plan.programs import Program, folders, programs
 from heal_jax.plan.topology import Topology
 from heal_jax.plan.workload import Assumptions, Workload, workload
+from heal_jax.progress import Progress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,15 +67,18 @@ def plan_slice(
     topology: Topology,
     assumptions: Assumptions,
     price: float,
-    say: Callable[[str], None],
+    progress: Progress,
 ) -> Slice:
     """Compile every program of the run for the slice. Raises InputError as `prepare` does."""
     mesh, work, made = prepare(config, topology, assumptions)
-    found = []
+    found, stage = [], f"plan {topology.name}"
+    progress.update(stage, 0, len(made), "programs")
     for program in made:
-        say(f"{topology.name}: compiling {program.name} ({program.model.config.num_layers} layers)")
+        progress.say(f"{topology.name}: compiling {program.name} ({program.model.config.num_layers} layers)")
         found.append(estimate(program, mesh, topology))
         backend.let_go()
+        fits = sum(e.fits for e in found)
+        progress.update(stage, len(found), len(made), "programs", counts={"fit": fits})
     return Slice(topology, dict(mesh.shape), config.sample.batch, tuple(found), work, price)
 
 

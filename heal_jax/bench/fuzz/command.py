@@ -58,7 +58,7 @@ def _kind(
                 if current.is_file():
                     number = current.read_text(encoding="utf-8", errors="replace").partition("\n")[0]
                     reached = max(reached, int(number or 0))  # it may be half written
-                    progress.update(name, min(cases, reached), cases)
+                    progress.update(f"fuzz {name}", min(cases, reached), cases, "cases")
                     if time.time() - current.stat().st_mtime > STUCK:
                         break
         finally:
@@ -83,16 +83,17 @@ def show(result: dict[str, Any], console: Console) -> None:
     console.print(f"seed {result['seed']}, {result['seconds']} s")
 
 
-def run(cases: int, seed: int, config: Path, console: Console, file: Path | None) -> None:
+def run(cases: int, seed: int, config: Path, progress: Progress, file: Path | None) -> None:
     """Raises RunError where a case failed; the failing cases, shrunk, are printed and kept."""
     if importlib.util.find_spec("hypothesis") is None:
         raise InputError("bench fuzz: needs hypothesis: pip install 'heal-jax[fuzz]'")
     folder = Path(tempfile.mkdtemp(prefix="heal-fuzz-"))
-    with Progress() as progress:
-        result = measure(cases, seed, config, progress, folder)
+    result = measure(cases, seed, config, progress, folder)
+    progress.close()
     if file is not None:
         write_json(file, result)
-    show(result, console)
+    show(result, progress.printer)
+    progress.log("result", **result)
     if not result["failures"]:
         shutil.rmtree(folder)
         return
@@ -103,5 +104,6 @@ def run(cases: int, seed: int, config: Path, console: Console, file: Path | None
             path.write_text(
                 f"{failure['what']}\n\n{failure['where']}\n{failure['case']}\n\nagain: {again}\n", errors="replace"
             )
-            console.print(f"{path}: {failure['what'][:300]}\n  {failure['case'][:500]}", markup=False, soft_wrap=True)
+            said = f"{path}: {failure['what'][:300]}\n  {failure['case'][:500]}"
+            progress.printer.print(said, markup=False, soft_wrap=True)
     raise RunError(f"{result['failures']} cases fail (each stands for all of its sort); see {folder}")

@@ -1,0 +1,72 @@
+"""heal run, and each of its stages alone."""
+
+import dataclasses
+import os
+import shlex
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from heal_jax.commands.arguments import Said, configured
+from heal_jax.config import Config
+from heal_jax.progress import Progress
+
+STAGES = {
+    "sample": "unaided rollouts of the teacher, pass rates, strata",
+    "hindsight": "rollouts of hard problems with the answer in the prompt",
+    "repair": "GEAR: cut failed rollouts where entropy surges, hint, decode on",
+    "curate": "PURE and PACE: what is kept, and the three stages",
+    "train": "the student through the curriculum, and the rejection-sampling baseline",
+    "evaluate": "teacher and students on held-out problems",
+    "export": "the student in Hugging Face format",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class StageArguments:
+    """A stage, or all of them."""
+
+    config: tyro.conf.Positional[Path]
+    """A YAML file; fields that it leaves out have the defaults below."""
+    out: Path
+    """The run directory; made where it is not there, gone on with where it is."""
+    settings: Annotated[Config, tyro.conf.arg(name="")]
+    said: Annotated[Said, tyro.conf.arg(name="")] = Said()
+
+
+@dataclasses.dataclass(frozen=True)
+class RunArguments(StageArguments):
+    """All stages."""
+
+    until: Literal["sample", "hindsight", "repair", "curate", "train", "evaluate", "export"] = "export"
+    """The last stage to do; the same command without it goes on from there."""
+
+
+def main(command: str, argv: list[str], progress: Progress) -> int:
+    description = STAGES.get(command, "all stages")
+    kind = RunArguments if command == "run" else StageArguments
+    arguments = configured(kind, command, "--out DIR", argv, description, out=tyro.MISSING)
+    names = [command] if command != "run" else list(STAGES)[: list(STAGES).index(arguments.until) + 1]
+
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before jax, which reads it
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no torch is as it should be
+    from heal_jax import cache, processes
+    from heal_jax.pipeline import NEEDS, run_stages
+    from heal_jax.run import open_run
+
+    with processes.job():
+        if not processes.primary():
+            progress.mute()
+        cache.enable(progress.say)
+        progress.at("checks", "config, problems, models")
+        needs, line = NEEDS.get(command, ()), shlex.join(["heal", command, *argv])
+        with open_run(arguments.settings, arguments.out, progress, needs, line) as opened:
+            run_stages(opened, names)
+            if names == list(STAGES) and processes.primary():
+                from heal_jax.summary import figures, verdict
+
+                progress.close()
+                progress.printer.print(verdict(arguments.out), markup=False, soft_wrap=True)
+                progress.log("result", **figures(arguments.out))
+    return 0
