@@ -8,6 +8,7 @@ import difflib
 import math
 import reprlib
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -121,6 +122,16 @@ def read(path: Path, default: T) -> T:
         raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
         raise InputError(f"{path}: not valid YAML: nested too deeply") from None
+
+
+def override(default: T, values: Mapping[str, Any]) -> T:
+    """`default`, a dataclass, with fields given as YAML has them or by path: {"sample": {"n": 8}}, {"sample.n": 8}.
+    Raises InputError (one line)."""
+    for path, value in values.items():
+        for name in reversed(str(path).split(".")):
+            value = {name: value}
+        default = _build_dataclass(default, value, "")
+    return default
 
 
 def to_dict(value: Any) -> Any:
