@@ -16,6 +16,7 @@ from pathlib import Path
 import filelock
 import jax
 
+from heal_jax import bucket
 from heal_jax.errors import InputError
 from heal_jax.run import processor
 
@@ -38,8 +39,8 @@ def folder() -> Path:
 def enable(say: Callable[[str], None]) -> None:
     """Have this process's compiled programs kept. Where that cannot be, `say` why in a line, and go on without.
 
-    JAX_COMPILATION_CACHE_DIR names another folder, which is then JAX's affair alone; HEAL_COMPILATION_CACHE=off: no
-    cache. Raises InputError where that is neither on nor off.
+    JAX_COMPILATION_CACHE_DIR names another folder, or gs://BUCKET/PATH, which is then JAX's affair alone;
+    HEAL_COMPILATION_CACHE=off: no cache. Raises InputError where that is neither on nor off.
     """
     wanted = os.environ.get("HEAL_COMPILATION_CACHE") or "on"
     if wanted not in ("on", "off"):
@@ -49,7 +50,13 @@ def enable(say: Callable[[str], None]) -> None:
         return
     # What goes wrong with an entry (a full disk, a lock held too long) costs a compilation and no more.
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
-    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+    if given := os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        try:
+            if url := bucket.address(given):
+                bucket.require(url)
+        except InputError as error:
+            say(f"note: {error}; until then every run compiles anew")
+            jax.config.update("jax_enable_compilation_cache", False)
         return
     path = folder()
     if wrong := unusable(path):

@@ -10,6 +10,7 @@ from typing import Any
 
 from heal_jax import pace
 from heal_jax.ask import dev_accuracy
+from heal_jax.bucket import pull
 from heal_jax.config import DEV, MAIN, LogSpec
 from heal_jax.errors import InputError, RunError
 from heal_jax.model.config import decoder_config
@@ -205,6 +206,7 @@ def training_plan(run: Run) -> tuple[dict[str, list[Phase]], int]:
     """
     spec, recorded = run.config.train, run.directory.manifest["stages"]["curate"]["stages"]
     stages: list[list[Example]] = []
+    pull(run.root / "curriculum")
     for stage in PACE_STAGES:
         folder = run.root / "curriculum" / f"stage{stage}"
         stages.append(read_stage(folder) if folder.is_dir() else [])

@@ -1,9 +1,9 @@
 """The stages in order."""
 
 import contextlib
-import shutil
 from collections.abc import Callable, Iterator
 
+from heal_jax.bucket import place
 from heal_jax.collect import hindsight, repair, sample
 from heal_jax.curriculum import STUDENTS, curate, train_students
 from heal_jax.errors import RunError, out_of_memory
@@ -12,6 +12,7 @@ from heal_jax.export import export
 from heal_jax.processes import once
 from heal_jax.report.page import write_report
 from heal_jax.run import Run
+from heal_jax.store import remove
 from heal_jax.summary import summarise
 
 STAGES: dict[str, Callable[[Run], None]] = {
@@ -88,7 +89,7 @@ def _start_over(run: Run, name: str) -> None:
         run.log("train_anew")
         for student in STUDENTS:
             run.directory.manifest.get("work", {}).pop(f"train {student}", None)
-        once(lambda: shutil.rmtree(run.root / "checkpoints", ignore_errors=True))
+        once(lambda: remove(place(run.root / "checkpoints")))
 
 
 @contextlib.contextmanager

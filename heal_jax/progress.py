@@ -38,6 +38,7 @@ from rich.live import Live
 from rich.spinner import Spinner
 
 from heal_jax import __version__, display
+from heal_jax.bucket import shown
 from heal_jax.display import Standing
 
 EVERY = 10.0  # seconds between plain lines
@@ -163,6 +164,7 @@ class Progress:
 
     def say(self, text: str) -> None:
         """A line that stays."""
+        text = shown(text)
         self.log("note", text=text)
         self.console.print(text, markup=False, soft_wrap=True)
 

@@ -18,7 +18,7 @@ import jax
 import pyarrow as pa
 from jax.sharding import Mesh
 
-from heal_jax import __version__, processes, trackers
+from heal_jax import __version__, bucket, processes, trackers
 from heal_jax.config import Config, dump, validate
 from heal_jax.config import load as load_config
 from heal_jax.divide import require, sizes, undivided
@@ -40,6 +40,7 @@ from heal_jax.store import ROLLOUTS, RunDirectory, digest, folder_sha256, set_as
 from heal_jax.strict import flatten, to_dict
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "tensorflow-datasets")
+PUSH_SECONDS = 30  # between copies of metrics.jsonl to a bucket while a training goes on
 FREE_BYTES = 1 << 30  # what a run may leave behind on a small configuration, with room to spare
 
 
@@ -163,6 +164,7 @@ class Run:
                 if file.read(1) != b"\n":
                     file.write(b"\n")
             file.write((json.dumps({"event": event, **values}) + "\n").encode())
+        bucket.push(self.root, PUSH_SECONDS)
 
 
 @contextlib.contextmanager
@@ -173,7 +175,8 @@ def open_run(
 
     `needs` are stages that must have finished. Raises InputError, with nothing written, for a bad config, problem file
     or model folder, training problems of which hygiene leaves none, answers that nothing can be compared with, prompts
-    too long for a model, too little disk, a stage that must come first, and a directory made with another config.
+    too long for a model, too little disk, a bucket that cannot be written, a stage that must come first, and a
+    directory made with another config.
     """
     validate(config)
     trackers.require(config.log)
@@ -211,9 +214,9 @@ def open_run(
         },
         "problems": asked,
     }
-    directory = _reopen(config, out, facts, needs)
-    _writable(out)
-    with contextlib.ExitStack() as stack, Grader(config.grade) as grader:
+    with bucket.opened(out) as out, contextlib.ExitStack() as stack, Grader(config.grade) as grader:
+        directory = _reopen(config, out, facts, needs)
+        _writable(out)
 
         def enter() -> Any:
             if "problems" not in directory.manifest and config.grade.unreadable == "refuse":
@@ -226,6 +229,7 @@ def open_run(
             return inside.manifest, inside.verify(progress.say)
 
         directory.manifest, again = processes.once(enter)
+        bucket.pull(out)
         processes.alike("give an --out on a file system that all share", out=holder(out))
         for size in undivided(mesh.shape, split):
             progress.say(f"note: the mesh does not divide {size.what}; it stays whole on every device")

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from heal_jax import bucket
 from heal_jax.errors import InputError
 from heal_jax.processes import once, primary
 
@@ -72,6 +74,11 @@ def write_atomically(path: Path, write: Callable[[Path], object], owner: str = "
 
     owner: names the temporary file where several processes may write the same path at a time.
     """
+    if not isinstance(path, Path):  # an object, of bucket.place: it is whole, or what it was
+        with tempfile.TemporaryDirectory() as folder:
+            write(file := Path(folder) / path.name)
+            path.write_bytes(file.read_bytes())
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}{owner}.partial")
     temporary.unlink(missing_ok=True)  # it may be a link
@@ -133,7 +140,7 @@ def digest(data: Any) -> str:
 def file_sha256(path: Path, sync: bool = False) -> str:
     """sync: also flush the file to disk, where whoever wrote it did not."""
     read = hashlib.sha256()
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         if sync:
             os.fsync(file.fileno())
         while block := file.read(1 << 20):
@@ -146,6 +153,15 @@ def folder_sha256(folder: Path) -> tuple[str, dict[str, str]]:
     files = {p.name: file_sha256(p) for p in sorted(folder.iterdir()) if p.is_file() and not p.name.startswith(".")}
     lines = "".join(f"{name}\0{recorded}\n" for name, recorded in files.items())
     return hashlib.sha256(lines.encode()).hexdigest(), files
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder with all that is in it, if it is there."""
+    if isinstance(folder, Path):
+        shutil.rmtree(folder, ignore_errors=True)
+    else:
+        with contextlib.suppress(FileNotFoundError):
+            folder.rmtree()
 
 
 def set_aside(path: Path, suffix: str) -> Path:
@@ -202,6 +218,7 @@ class RunDirectory:
             text = json.dumps(self.manifest, ensure_ascii=False).encode(errors="replace")
             for path in (self._path, self._backup):
                 write_json(path, {**self.manifest, "sha256": digest(json.loads(text))})
+            bucket.push(self.root)
 
     def inputs(self, stage: str) -> dict[str, str]:
         """Digests of what a stage is made from: rollouts by their shards, training by the curriculum's examples."""
@@ -235,6 +252,7 @@ class RunDirectory:
         """Mark a stage done. files: what it wrote besides shards, files or folders, whose checksums are kept."""
 
         def sums() -> dict[str, str]:
+            bucket.push(self.root)
             found = [p for path in files for p in (sorted(path.rglob("*")) if path.is_dir() else [path]) if p.is_file()]
             return {str(path.relative_to(self.root)): file_sha256(path) for path in found}
 
@@ -270,6 +288,7 @@ class RunDirectory:
         again: list[str] = []
 
         def wrong(path: Path, recorded: str) -> str:
+            bucket.pull(path)
             return "missing" if not path.is_file() else "" if file_sha256(path) == recorded else "damaged"
 
         for name, recorded in list(self.manifest["shards"].items()):
@@ -301,6 +320,7 @@ class RunDirectory:
 
         def write() -> str:
             write_table(path, rows, schema)
+            bucket.push(path)
             return file_sha256(path)
 
         self.manifest["shards"][name] = once(write, by=owner)
@@ -310,7 +330,11 @@ class RunDirectory:
     def read(self, name: str) -> pa.Table:
         """A shard that is there. Raises InputError where its file is not what was written."""
         path = self.root / f"{name}.parquet"
-        if not path.is_file() or file_sha256(path) != self.manifest["shards"][name]:
+
+        def whole() -> bool:
+            return path.is_file() and file_sha256(path) == self.manifest["shards"][name]
+
+        if not whole() and not (bucket.pull(path) and whole()):
             raise InputError(f"{path}: changed, damaged or gone since it was written; run again to make it anew")
         return read_table(path)
 

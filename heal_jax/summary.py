@@ -72,7 +72,7 @@ def _evaluation(run: Run) -> dict[str, Any]:
 def figures(root: Path) -> dict[str, Any]:
     """What a finished run has to say to programs, and where its outputs are."""
     summary = read_json(root / "summary.json")
-    outputs = {"report": str(root / "report.html"), "student": str(root / "export")}
+    outputs = {"report": shown(root / "report.html"), "student": shown(root / "export")}
     return {name: summary[name] for name in ("accuracy", "difference")} | outputs
 
 
@@ -88,7 +88,7 @@ def verdict(root: Path) -> str:
     for title, figures in further(summary):
         means = "  ".join(f"{name} {figures[name]['mean']:.1%}" for name in MODELS)
         lines.append(f"{title}: {means}  difference {_signed(figures['difference'])}")
-    lines.append(f"report: {root / 'report.html'}   student: {root / 'export'}")
+    lines.append(f"report: {shown(root / 'report.html')}   student: {shown(root / 'export')}")
     return "\n".join(lines)
 
 

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from heal_jax import storage
 from heal_jax.commands.arguments import parse, run_directory
 from heal_jax.errors import InputError
 from heal_jax.progress import Progress
@@ -17,7 +18,7 @@ class ReportArguments:
     """Write report.html from what a run directory holds, and print where it is."""
 
     directory: tyro.conf.Positional[Path]
-    """A run directory, finished or not."""
+    """A run directory, finished or not; also gs://BUCKET/PATH."""
     open: bool = False
     """Show it in a browser, where there is one."""
 
@@ -27,7 +28,7 @@ class ShowArguments:
     """Print a rollout with its entropies, or list what there is."""
 
     directory: tyro.conf.Positional[Path]
-    """A run directory."""
+    """A run directory; also gs://BUCKET/PATH."""
     rollout_id: tyro.conf.Positional[str | None] = None
     """As in the list; without it rollouts are listed."""
     kind: Literal["base", "hindsight", "repair"] | None = None
@@ -50,24 +51,28 @@ def report(command: str, argv: list[str], progress: Progress) -> int:
     arguments = parse(ReportArguments, command, argv)
     from heal_jax.report.page import write_report
 
-    path = write_report(run_directory(arguments.directory))
+    with storage.opened(arguments.directory) as folder:
+        path = storage.shown(write_report(run_directory(folder)))
     print(path, flush=True)
-    if arguments.open and not _opened(path):
-        progress.say(f"note: no browser here could be started; open {path.resolve()} in one")
+    if arguments.open:
+        url = Path(path).resolve().as_uri()
+        if path.startswith("gs://"):
+            url = f"https://storage.cloud.google.com/{path.removeprefix('gs://')}"
+        if not _opened(url):
+            progress.say(f"note: no browser here could be started; open {url} in one")
     return 0
 
 
-def _opened(path: Path) -> bool:
+def _opened(url: str) -> bool:
     """Whether a browser was started; a remote machine has none, or one that fails."""
     try:
-        return webbrowser.open(path.resolve().as_uri())
+        return webbrowser.open(url)
     except (webbrowser.Error, OSError, ValueError):
         return False
 
 
 def show(command: str, argv: list[str], progress: Progress) -> int:
     arguments = parse(ShowArguments, command, argv)
-    root = run_directory(arguments.directory)
     if arguments.kept and arguments.dropped:
         raise InputError("show: --kept and --dropped leave nothing; give one of them")
     if arguments.limit < 0:
@@ -76,10 +81,12 @@ def show(command: str, argv: list[str], progress: Progress) -> int:
     from heal_jax.report.show import show as print_rollout
 
     given = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(Filters)}
-    if arguments.rollout_id is None:
-        rollouts(root, Filters(**given), arguments.limit, progress.printer)
-    elif Filters(**given) != Filters():
+    if arguments.rollout_id is not None and Filters(**given) != Filters():
         raise InputError("show: a ROLLOUT_ID is printed whole; leave the filters out, or the id to list")
-    else:
-        print_rollout(root, arguments.rollout_id, progress.printer)
+    with storage.opened(arguments.directory, write=False) as folder:
+        root = run_directory(folder)
+        if arguments.rollout_id is None:
+            rollouts(root, Filters(**given), arguments.limit, progress.printer)
+        else:
+            print_rollout(root, arguments.rollout_id, progress.printer)
     return 0

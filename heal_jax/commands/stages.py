@@ -30,7 +30,7 @@ class StageArguments:
     config: tyro.conf.Positional[Path]
     """A YAML file; fields that it leaves out have the defaults below."""
     out: Path
-    """The run directory; made where it is not there, gone on with where it is."""
+    """The run directory, on disk or gs://BUCKET/PATH; made where it is not there, gone on with where it is."""
     settings: Annotated[Config, tyro.conf.arg(name="")]
     said: Annotated[Said, tyro.conf.arg(name="")] = Said()
 
@@ -67,6 +67,6 @@ def main(command: str, argv: list[str], progress: Progress) -> int:
                 from heal_jax.summary import figures, verdict
 
                 progress.close()
-                progress.printer.print(verdict(arguments.out), markup=False, soft_wrap=True)
-                progress.log("result", **figures(arguments.out))
+                progress.printer.print(verdict(opened.root), markup=False, soft_wrap=True)
+                progress.log("result", **figures(opened.root))
     return 0

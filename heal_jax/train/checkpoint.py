@@ -1,6 +1,7 @@
 """Checkpoints of a training, by Orbax: kept, checksummed, found whole or damaged, gone on from.
 
 A checkpoint counts once its folder holds SUMS, the checksums of its files, which is written after Orbax's own commit.
+Folders are as `bucket.place` gives them: on disk or on a bucket.
 """
 
 import contextlib
@@ -16,9 +17,10 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from heal_jax import bucket
 from heal_jax.errors import RunError, out_of_memory
 from heal_jax.processes import count, primary
-from heal_jax.store import digest, file_sha256, set_aside, write_json
+from heal_jax.store import digest, file_sha256, remove, set_aside, write_json
 
 KEEP = 2  # checkpoints: the latest, and the one before in case the latest is damaged
 WRITE_SECONDS = 600  # for a checkpoint; longer, and the training ends with an error
@@ -66,6 +68,7 @@ class Checkpoints:
     def save(self, step: int, state: dict[str, Any], metadata: dict[str, Any]) -> None:
         """Begin to write a checkpoint, when the one before is whole. Raises RunError where that cannot be written."""
         self.wait()
+        bucket.push(self.folder)  # what was logged up to here
         with _writing(self.folder):
             self.orbax.save_async(step, state, force=True, custom_metadata=metadata)
         if primary():
@@ -102,12 +105,11 @@ class Checkpoints:
             self._pool.shutdown()
 
     def _checksum(self, step: Path) -> None:
-        """Wait for Orbax's commit, a rename of the whole folder, and write the checksums."""
+        """Wait for Orbax's commit (on disk a rename of the whole folder) and write the checksums."""
         while not (step / _COMMITTED).is_file():
             if self._given_up.wait(0.05) and not (step / _COMMITTED).is_file():
                 return
-        files = sorted(path for path in step.rglob("*") if path.is_file())
-        write_json(step / SUMS, {str(path.relative_to(step)): file_sha256(path, sync=True) for path in files})
+        write_json(step / SUMS, _sums(step))
 
 
 @contextlib.contextmanager
@@ -137,7 +139,9 @@ def _writing(folder: Path) -> Iterator[None]:
 
 
 def require_room(folder: Path, state: dict[str, Any]) -> None:
-    """Raises RunError where the disk has no room for a checkpoint of this state."""
+    """Raises RunError where the disk has no room for a checkpoint of this state; a bucket always has."""
+    if not isinstance(folder, Path):
+        return
     needed, free = sum(x.nbytes for x in jax.tree.leaves(state)), shutil.disk_usage(folder).free
     if free < needed:
         raise RunError(
@@ -197,7 +201,7 @@ def keep_whole(folder: Path, ends: Collection[int] = ()) -> list[str]:
 
     What Orbax was writing is removed, and so are steps without its commit file or without checksums: a save or a copy
     was cut short, yet Orbax may list it as whole. Those with other checksums are damaged: they are renamed
-    STEP.damaged.
+    STEP.damaged, and on a bucket, which knows no renames, removed.
     """
     lines: list[str] = []
     try:
@@ -207,21 +211,21 @@ def keep_whole(folder: Path, ends: Collection[int] = ()) -> list[str]:
         dev = {}
         lines.append(f"note: {error}")
         for path in folder.glob("[0-9]*"):
-            shutil.rmtree(path, ignore_errors=True)
+            remove(path)
         (folder / DEV).unlink()
     for path in folder.glob("*.orbax-checkpoint-tmp"):
-        shutil.rmtree(path, ignore_errors=True)
+        remove(path)
     steps = {int(path.name): path for path in folder.glob("[0-9]*") if path.name.isdigit()}
     for number in sorted(steps, reverse=True):
         step = steps[number]
         if not ((step / _COMMITTED).is_file() and (step / SUMS).is_file()):
-            shutil.rmtree(step, ignore_errors=True)
+            remove(step)
         elif damaged := _damaged(step):
-            lines.append(f"note: {step}: {damaged}; set aside as {set_aside(step, '.damaged').name}")
+            lines.append(f"note: {step}: {damaged}; {_out_of_the_way(step)}")
         elif without := _without_best(folder, steps, dev, ends, number):
             lines.append(without)
             for path in steps.values():
-                shutil.rmtree(path, ignore_errors=True)
+                remove(path)
             break
         else:
             return [f"{line}; training goes on from {step}" for line in lines]
@@ -245,11 +249,29 @@ def _damaged(step: Path) -> str:
     """What is not as it was written; nothing where all is."""
     try:
         sums = json.loads((step / SUMS).read_text(encoding="utf-8"))
-        wrong = [name for name, digest in sums.items() if not _holds(step / name, digest)]
+        wrong = [name for name, recorded in sums.items() if not _holds(step / name, recorded)]
     except (OSError, ValueError, AttributeError, TypeError):
         return f"{SUMS} is damaged"
     return f"damaged ({', '.join(sorted(wrong)[:3])})" if wrong else ""
 
 
-def _holds(path: Path, digest: str) -> bool:
-    return path.is_file() and file_sha256(path) == digest
+def _out_of_the_way(step: Path) -> str:
+    if isinstance(step, Path):
+        return f"set aside as {set_aside(step, '.damaged').name}"
+    remove(step)
+    return "removed"
+
+
+def _sums(step: Path) -> dict[str, str]:
+    """The checksum of every file; on a bucket the store's own, since a large state is not read again."""
+    if not isinstance(step, Path):
+        return bucket.checksums(step)
+    files = sorted(path for path in step.rglob("*") if path.is_file())
+    return {str(path.relative_to(step)): file_sha256(path, sync=True) for path in files}
+
+
+def _holds(path: Path, recorded: str) -> bool:
+    """Whether a file has this checksum, of either kind: checkpoints may have been copied to disk, or from it."""
+    if not path.is_file():
+        return False
+    return (bucket.checksum(path) if recorded.startswith("crc32c:") else file_sha256(path)) == recorded

@@ -27,6 +27,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from heal_jax import signals
+from heal_jax.bucket import place
 from heal_jax.config import TrainSpec
 from heal_jax.errors import RunError
 from heal_jax.model.decoder import Model
@@ -162,7 +163,7 @@ def train(
     pinned = None if mesh is None else tuple(leaf.sharding for leaf in leaves)
     identity = _identity(model, phases, spec, length, pad_id, seed)
     ends = set(itertools.accumulate(phase.steps for phase in phases if phase.steps))
-    folder = folder.resolve()
+    folder = place(folder.resolve())
 
     def as_model(state: dict[str, Any]) -> Model:
         params = jax.tree.map(lambda new, old: new.astype(old.dtype), state["params"], trainable)
