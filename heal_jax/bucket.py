@@ -77,8 +77,8 @@ def require(url: str) -> None:
 def opened(path: Path, write: bool = True) -> Iterator[Path]:
     """The folder to work in: a path on disk as it is; of one on a bucket a working copy, with what was written there.
 
-    What is written in it is on the bucket after `push`, and in the end. Errors name objects, not the copies. Raises
-    InputError as `address` does, and where `write` and the bucket cannot be written.
+    What is written in it is on the bucket after `push` and, with `write`, in the end. Errors name objects, not their
+    copies. Raises InputError as `address` does, and where `write` and the bucket cannot be written.
     """
     url = address(path)
     if url is None:
@@ -92,7 +92,8 @@ def opened(path: Path, write: bool = True) -> Iterator[Path]:
         try:
             copy.pull("")
             yield copy.root
-            copy.push()
+            if write:
+                copy.push()
         except (InputError, RunError) as error:
             raise type(error)(shown(error)) from error
         finally:
@@ -215,18 +216,18 @@ class _Copy:
                         self.objects.rm_file(f"{self.url}/{name}")
                     del self._known[name]
                 last = [name for name in ("manifest.json", "manifest.json.backup") if name in new]
-                groups: list[list[str]] = [[name for name in new if name not in last], *([name] for name in last)]
-                for names in groups:
-                    self._put(names)
-                    self._known |= {name: here[name] for name in names}
+                self._put([name for name in new if name not in last], here)
+                for name in last:
+                    self._put([name], here)
             self._pushed = time.monotonic()
 
-    def _put(self, names: list[str]) -> None:
+    def _put(self, names: list[str], here: dict[str, tuple[int, int, int]]) -> None:
         grown = [name for name in names if name.split("/")[0] in APPENDED]
         for name in grown:
             self.objects.pipe_file(f"{self.url}/{name}", (self.root / name).read_bytes())
         if whole := [name for name in names if name not in grown]:
             self.objects.put(*self._pairs(whole))
+        self._known |= {name: here[name] for name in names}
 
     def _pairs(self, names: list[str]) -> tuple[list[str], list[str]]:
         return [str(self.root / name) for name in names], [f"{self.url}/{name}" for name in names]

@@ -7,7 +7,6 @@ https://cloud.google.com/storage/docs/json_api/v1
 import base64
 import contextlib
 import json
-import os
 import re
 import threading
 import uuid
@@ -36,8 +35,8 @@ class Store(ThreadingHTTPServer):
         self.uploads: dict[str, tuple[dict[str, str], bytearray]] = {}
         self.mutex = threading.RLock()
         self.generation = 0
-        self.writes: list[str] = []  # the names of objects as they were written
-        self.refuse: dict[str, int] = {}  # method -> the status that it gets
+        self.reads: set[str] = set()  # the names of objects whose data was read
+        self.room: float = float("inf")  # writes that are still accepted
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that went away, such as one that was killed, is none of ours."""
@@ -48,8 +47,9 @@ class Store(ThreadingHTTPServer):
 
     @property
     def environment(self) -> dict[str, str]:
-        """What points gcsfs, tensorstore and Google's client to this server."""
-        return {"STORAGE_EMULATOR_HOST": self.address, "TENSORSTORE_GCS_HTTP_URL": self.address}
+        """What points gcsfs, tensorstore and Google's client to this server; gcsfs asks no gRPC service about it."""
+        hosts = {"STORAGE_EMULATOR_HOST": self.address, "TENSORSTORE_GCS_HTTP_URL": self.address}
+        return hosts | {"GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}
 
     def names(self, prefix: str = "") -> list[str]:
         with self.mutex:
@@ -80,7 +80,7 @@ class Store(ThreadingHTTPServer):
                 "updated": now,
             }
             self.objects[name] = bytes(data), described
-            self.writes.append(name)
+            self.room -= 1
             return described
 
     def remove(self, name: str) -> None:
@@ -107,9 +107,10 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: Store
 
+    disable_nagle_algorithm = True
+
     def log_message(self, *arguments: Any) -> None:
-        if os.environ.get("STORE_LOG"):
-            print(*arguments, flush=True)
+        pass
 
     def _route(self) -> None:
         url = urlsplit(self.path)
@@ -117,8 +118,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if self.headers.get("Transfer-Encoding", "") == "chunked":
             self.body = b"".join(self._chunks())
-        if status := self.server.refuse.get(self.command):
-            return self._fail(status)
+        if self.server.room <= 0 and self.command != "GET":
+            return self._fail(403)
         path = url.path
         if path.startswith("/upload/"):
             return self._upload(unquote(path))
@@ -201,6 +202,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._fail(501)
         if self.query.get("alt") != "media":
             return self._json(described)
+        self.server.reads.add(name)
         headers = {"x_goog_generation": generation, "x_goog_hash": f"crc32c={described['crc32c']}"}
         if found := re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", "")):
             first = int(found[1]) if found[1] else max(0, len(data) - int(found[2]))
