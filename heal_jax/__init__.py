@@ -106,6 +106,8 @@ def read(out: "str | os.PathLike") -> "RunData":
     `problems` by id, `rollouts` and `evaluation` as Arrow tables, `decisions` by rollout_id,
     `training` with one dict a logged step, `summary` and `config`. heal_jax.notebook draws from it.
     """
+    from heal_jax import storage
     from heal_jax.report.data import load
 
-    return load(Path(out))
+    with storage.opened(Path(out), write=False) as folder:
+        return load(folder)

@@ -16,7 +16,7 @@ from pathlib import Path
 import filelock
 import jax
 
-from heal_jax import bucket
+from heal_jax import storage
 from heal_jax.errors import InputError
 from heal_jax.run import processor
 
@@ -52,8 +52,8 @@ def enable(say: Callable[[str], None]) -> None:
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
     if given := os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         try:
-            if url := bucket.address(given):
-                bucket.require(url)
+            if url := storage.address(given):
+                storage.require(url)
         except InputError as error:
             say(f"note: {error}; until then every run compiles anew")
             jax.config.update("jax_enable_compilation_cache", False)

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from heal_jax import cache, footprint, machine, processes
+from heal_jax import cache, footprint, machine, processes, storage
 from heal_jax.config import Config
 from heal_jax.divide import require, sizes
 from heal_jax.errors import InputError, one_line
@@ -243,13 +243,25 @@ def compile_cache() -> Iterator[Finding]:
         advice = "unset HEAL_COMPILATION_CACHE to keep programs"
         yield Finding("cache", WARNING, "every run compiles anew (HEAL_COMPILATION_CACHE=off)", advice)
     elif other := os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        yield Finding("cache", OK, f"{other} (JAX_COMPILATION_CACHE_DIR; JAX's affair)")
+        yield on_bucket("cache", other) or Finding("cache", OK, f"{other} (JAX_COMPILATION_CACHE_DIR; JAX's affair)")
     elif wrong := cache.unusable(cache.folder(), make=False):
         advice = "make it yours alone (chmod go-w), or set XDG_CACHE_HOME to a folder that is"
         yield Finding("cache", WARNING, f"{cache.folder()}: {wrong}; every run compiles anew", advice)
     else:
         held = sum(entry.stat().st_size for entry in cache.folder().glob("*-cache")) if cache.folder().is_dir() else 0
         yield Finding("cache", OK, f"{cache.folder()}: {size(held)} of {size(cache.MAX_BYTES)}")
+
+
+def on_bucket(name: str, path: str | Path) -> Finding | None:
+    """Whether a path on a bucket can be written; None for one on disk."""
+    try:
+        if (url := storage.address(path)) is None:
+            return None
+        storage.require(url)
+    except InputError as error:
+        text, _, advice = str(error).rpartition("; ")
+        return Finding(name, PROBLEM, text or advice, advice)
+    return Finding(name, OK, f"{url} can be written")
 
 
 def disk(out: Path, config: Config | None) -> Iterator[Finding]:
@@ -260,8 +272,8 @@ def disk(out: Path, config: Config | None) -> Iterator[Finding]:
             student = decoder_config(resolve(config.student))
             # Both students' last two checkpoints, and the exported weights.
             needed += 4 * footprint.checkpoint_bytes(config, student) + 4.0 * footprint.parameters(student)
-    if "://" in str(out):
-        yield Finding("disk", OK, f"{out} is no local disk")
+    if finding := on_bucket("disk", out):
+        yield finding
         return
     for what, place, least in ((f"{out}", out, needed), ("the cache", cache.folder(), cache.MAX_BYTES / 4)):
         parent = next(p for p in (place.absolute(), *place.absolute().parents) if p.exists())

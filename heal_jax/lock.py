@@ -23,7 +23,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from heal_jax import bucket
+from heal_jax import storage
 from heal_jax.errors import RunError
 
 NAME = ".lock"
@@ -82,7 +82,7 @@ def _of_kernel(out: Path, ours: dict[str, Any], say: Say) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _of_bucket(out: Path, ours: dict[str, Any], say: Say) -> Iterator[None]:
-    url, objects = _url(out), bucket.filesystem()
+    url, objects = _url(out), storage.filesystem()
     number, ended = _taken(out, url, ours, say), threading.Event()
     lost = threading.Event()
 
@@ -104,16 +104,16 @@ def _of_bucket(out: Path, ours: dict[str, Any], say: Say) -> Iterator[None]:
 
     beating = threading.Thread(target=beat, daemon=True, name="lock")
     beating.start()
-    bucket.guard(out, check)
+    storage.guard(out, check)
     try:
-        bucket.pull(out)  # another run may have worked there until now
+        storage.pull(out)  # another run may have worked there until now
         yield
     except BaseException:
         with contextlib.suppress(Exception):  # what went wrong is said already
-            bucket.push(out)
+            storage.push(out)
         raise
     else:
-        bucket.push(out)
+        storage.push(out)
     finally:
         ended.set()
         beating.join()
@@ -124,7 +124,7 @@ def _of_bucket(out: Path, ours: dict[str, Any], say: Say) -> Iterator[None]:
 
 def _taken(out: Path, url: str, ours: dict[str, Any], say: Say) -> int:
     """The number with which we hold the lock."""
-    objects, ours = bucket.filesystem(), {**ours, "beat": 0}
+    objects, ours = storage.filesystem(), {**ours, "beat": 0}
     watched, since = "", time.monotonic()
     try:
         while True:
@@ -153,7 +153,7 @@ def _taken(out: Path, url: str, ours: dict[str, Any], say: Say) -> int:
 
 def _url(out: Path) -> str:
     """The address of a directory on a bucket; empty for one on disk."""
-    place = bucket.place(out)
+    place = storage.place(out)
     return "" if isinstance(place, Path) else str(place)
 
 
@@ -163,14 +163,14 @@ def _object(url: str, number: int) -> str:
 
 def _numbers(url: str) -> list[int]:
     with contextlib.suppress(FileNotFoundError):
-        names = [name.rpartition("/")[2] for name in bucket.filesystem().find(f"{url}/{NAME}")]
+        names = [name.rpartition("/")[2] for name in storage.filesystem().find(f"{url}/{NAME}")]
         return sorted(int(name) for name in names if name.isdigit())
     return []
 
 
 def _read(url: str, number: int) -> tuple[str, timedelta]:
     """What a lock says, and how long ago it was written; nothing where it has just gone."""
-    objects, name = bucket.filesystem(), _object(url, number)
+    objects, name = storage.filesystem(), _object(url, number)
     try:
         return objects.cat_file(name).decode(errors="replace"), datetime.now(UTC) - objects.modified(name)
     except FileNotFoundError:

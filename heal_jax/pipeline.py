@@ -3,7 +3,6 @@
 import contextlib
 from collections.abc import Callable, Iterator
 
-from heal_jax.bucket import place
 from heal_jax.collect import hindsight, repair, sample
 from heal_jax.curriculum import STUDENTS, curate, train_students
 from heal_jax.errors import RunError, out_of_memory
@@ -12,6 +11,7 @@ from heal_jax.export import export
 from heal_jax.processes import once
 from heal_jax.report.page import write_report
 from heal_jax.run import Run
+from heal_jax.storage import place
 from heal_jax.store import remove
 from heal_jax.summary import summarise
 

@@ -38,8 +38,8 @@ from rich.live import Live
 from rich.spinner import Spinner
 
 from heal_jax import __version__, display
-from heal_jax.bucket import shown
 from heal_jax.display import Standing
+from heal_jax.storage import shown
 
 EVERY = 10.0  # seconds between plain lines
 LOSSES = 16  # of a training that are drawn

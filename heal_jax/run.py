@@ -18,7 +18,7 @@ import jax
 import pyarrow as pa
 from jax.sharding import Mesh
 
-from heal_jax import __version__, bucket, processes, trackers
+from heal_jax import __version__, processes, storage, trackers
 from heal_jax.config import Config, dump, validate
 from heal_jax.config import load as load_config
 from heal_jax.divide import require, sizes, undivided
@@ -164,7 +164,7 @@ class Run:
                 if file.read(1) != b"\n":
                     file.write(b"\n")
             file.write((json.dumps({"event": event, **values}) + "\n").encode())
-        bucket.push(self.root, PUSH_SECONDS)
+        storage.push(self.root, PUSH_SECONDS)
 
 
 @contextlib.contextmanager
@@ -214,7 +214,7 @@ def open_run(
         },
         "problems": asked,
     }
-    with bucket.opened(out) as out, contextlib.ExitStack() as stack, Grader(config.grade) as grader:
+    with storage.opened(out) as out, contextlib.ExitStack() as stack, Grader(config.grade) as grader:
         directory = _reopen(config, out, facts, needs)
         _writable(out)
 
@@ -229,7 +229,7 @@ def open_run(
             return inside.manifest, inside.verify(progress.say)
 
         directory.manifest, again = processes.once(enter)
-        bucket.pull(out)
+        storage.pull(out)
         processes.alike("give an --out on a file system that all share", out=holder(out))
         for size in undivided(mesh.shape, split):
             progress.say(f"note: the mesh does not divide {size.what}; it stays whole on every device")

@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from heal_jax import bucket
+from heal_jax import storage
 from heal_jax.errors import InputError
 from heal_jax.processes import once, primary
 
@@ -74,7 +74,7 @@ def write_atomically(path: Path, write: Callable[[Path], object], owner: str = "
 
     owner: names the temporary file where several processes may write the same path at a time.
     """
-    if not isinstance(path, Path):  # an object, of bucket.place: it is whole, or what it was
+    if not isinstance(path, Path):  # an object, of storage.place: it is whole, or what it was
         with tempfile.TemporaryDirectory() as folder:
             write(file := Path(folder) / path.name)
             path.write_bytes(file.read_bytes())
@@ -218,7 +218,7 @@ class RunDirectory:
             text = json.dumps(self.manifest, ensure_ascii=False).encode(errors="replace")
             for path in (self._path, self._backup):
                 write_json(path, {**self.manifest, "sha256": digest(json.loads(text))})
-            bucket.push(self.root)
+            storage.push(self.root)
 
     def inputs(self, stage: str) -> dict[str, str]:
         """Digests of what a stage is made from: rollouts by their shards, training by the curriculum's examples."""
@@ -252,7 +252,7 @@ class RunDirectory:
         """Mark a stage done. files: what it wrote besides shards, files or folders, whose checksums are kept."""
 
         def sums() -> dict[str, str]:
-            bucket.push(self.root)
+            storage.push(self.root)
             found = [p for path in files for p in (sorted(path.rglob("*")) if path.is_dir() else [path]) if p.is_file()]
             return {str(path.relative_to(self.root)): file_sha256(path) for path in found}
 
@@ -288,7 +288,7 @@ class RunDirectory:
         again: list[str] = []
 
         def wrong(path: Path, recorded: str) -> str:
-            bucket.pull(path)
+            storage.pull(path)
             return "missing" if not path.is_file() else "" if file_sha256(path) == recorded else "damaged"
 
         for name, recorded in list(self.manifest["shards"].items()):
@@ -320,7 +320,7 @@ class RunDirectory:
 
         def write() -> str:
             write_table(path, rows, schema)
-            bucket.push(path)
+            storage.push(path)
             return file_sha256(path)
 
         self.manifest["shards"][name] = once(write, by=owner)
@@ -334,7 +334,7 @@ class RunDirectory:
         def whole() -> bool:
             return path.is_file() and file_sha256(path) == self.manifest["shards"][name]
 
-        if not whole() and not (bucket.pull(path) and whole()):
+        if not whole() and not (storage.pull(path) and whole()):
             raise InputError(f"{path}: changed, damaged or gone since it was written; run again to make it anew")
         return read_table(path)
 

@@ -7,6 +7,7 @@ from heal_jax.config import GREEDY, MAIN
 from heal_jax.evaluate import MODELS, compared
 from heal_jax.run import Run
 from heal_jax.sets import draws, further
+from heal_jax.storage import shown
 from heal_jax.store import read_json, write_json
 
 

@@ -1,7 +1,7 @@
 """Checkpoints of a training, by Orbax: kept, checksummed, found whole or damaged, gone on from.
 
 A checkpoint counts once its folder holds SUMS, the checksums of its files, which is written after Orbax's own commit.
-Folders are as `bucket.place` gives them: on disk or on a bucket.
+Folders are as `storage.place` gives them: on disk or on a bucket.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from heal_jax import bucket
+from heal_jax import storage
 from heal_jax.errors import RunError, out_of_memory
 from heal_jax.processes import count, primary
 from heal_jax.store import digest, file_sha256, remove, set_aside, write_json
@@ -68,7 +68,7 @@ class Checkpoints:
     def save(self, step: int, state: dict[str, Any], metadata: dict[str, Any]) -> None:
         """Begin to write a checkpoint, when the one before is whole. Raises RunError where that cannot be written."""
         self.wait()
-        bucket.push(self.folder)  # what was logged up to here
+        storage.push(self.folder)  # what was logged up to here
         with _writing(self.folder):
             self.orbax.save_async(step, state, force=True, custom_metadata=metadata)
         if primary():
@@ -265,7 +265,7 @@ def _out_of_the_way(step: Path) -> str:
 def _sums(step: Path) -> dict[str, str]:
     """The checksum of every file; on a bucket the store's own, since a large state is not read again."""
     if not isinstance(step, Path):
-        return bucket.checksums(step)
+        return storage.checksums(step)
     files = sorted(path for path in step.rglob("*") if path.is_file())
     return {str(path.relative_to(step)): file_sha256(path, sync=True) for path in files}
 
@@ -274,4 +274,4 @@ def _holds(path: Path, recorded: str) -> bool:
     """Whether a file has this checksum, of either kind: checkpoints may have been copied to disk, or from it."""
     if not path.is_file():
         return False
-    return (bucket.checksum(path) if recorded.startswith("crc32c:") else file_sha256(path)) == recorded
+    return (storage.checksum(path) if recorded.startswith("crc32c:") else file_sha256(path)) == recorded

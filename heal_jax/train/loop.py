@@ -27,7 +27,6 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from heal_jax import signals
-from heal_jax.bucket import place
 from heal_jax.config import TrainSpec
 from heal_jax.errors import RunError
 from heal_jax.model.decoder import Model
@@ -36,6 +35,7 @@ from heal_jax.model.mesh import batch_parts, put_batch, using
 from heal_jax.model.weights import shardings
 from heal_jax.processes import once
 from heal_jax.shapes import train_rows
+from heal_jax.storage import place
 from heal_jax.train.checkpoint import Progress, keep_whole, opened, require_room, restore
 from heal_jax.train.data import Batch, Example, batches, filled_up, unpack
 from heal_jax.train.meter import Meter

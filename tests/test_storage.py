@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from object_store import serving
 from test_processes import free_address, start
 
-from heal_jax import bucket, lock
+from heal_jax import lock, storage
 from heal_jax.bench.faults import content
 from heal_jax.errors import InputError, RunError
 from heal_jax.store import RunDirectory, write_text
@@ -56,12 +56,12 @@ ACTIONS = st.lists(
 def test_objects_are_the_files(store, actions):
     """Whatever is done to the files, after a push the objects are the same, and so is a working copy elsewhere."""
     store.objects.clear()
-    with bucket.opened(Path(URL)) as folder:
+    with storage.opened(Path(URL)) as folder:
         for count, (action, name) in enumerate(actions):
             path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             if action == "push":
-                bucket.push(path)
+                storage.push(path)
             elif action == "write":
                 write_text(path, f"{name} {count}")
             elif action == "append":
@@ -72,7 +72,7 @@ def test_objects_are_the_files(store, actions):
         files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     assert {name.removeprefix("runs/one/"): store.read(name) for name in store.names()} == files
     assert not folder.exists()
-    with bucket.opened(Path(URL), write=False) as folder:
+    with storage.opened(Path(URL), write=False) as folder:
         found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     assert found == {name: data for name, data in files.items() if not name.endswith(".outdated")}
 
@@ -91,7 +91,7 @@ def test_cut_off_after_any_write_nothing_finished_is_lost(store):
             directory.finish("sample", [folder / "problems.parquet"])
 
     def attempt() -> None:
-        with bucket.opened(Path(URL)) as folder:
+        with storage.opened(Path(URL)) as folder:
             work(folder)
 
     attempt()
@@ -117,7 +117,7 @@ def test_cut_off_after_any_write_nothing_finished_is_lost(store):
 
 def test_what_was_changed_on_the_bucket_is_made_again(store):
     for damage in (b"other", None):
-        with bucket.opened(Path(URL)) as folder:
+        with storage.opened(Path(URL)) as folder:
             directory = RunDirectory(folder)
             directory.shard("rollouts/base-00000", lambda: [{"rollout_id": "a"}])
             (folder / "export").mkdir(exist_ok=True)
@@ -126,7 +126,7 @@ def test_what_was_changed_on_the_bucket_is_made_again(store):
         for name in ("rollouts/base-00000.parquet", "export/config.json"):
             store.remove(f"runs/one/{name}") if damage is None else store.write(f"runs/one/{name}", damage)
         said: list[str] = []
-        with bucket.opened(Path(URL)) as folder:
+        with storage.opened(Path(URL)) as folder:
             assert not (folder / "export").exists()  # a run does not read it
             assert RunDirectory(folder).verify(said.append) == ["export"]
             assert len(said) == 2 and not RunDirectory(folder).manifest["shards"]
@@ -139,7 +139,7 @@ def test_names_from_strangers_stay_inside(store, tmp_path, monkeypatch):
     for name in ("../out", "/etc/x", "a/../../out", "a//b", ".lock/1", "..", "a\0b", "fine", "a [*]?#"):
         store.write(f"runs/one/{name}", b"x")
     store.write("runs/one2/other", b"x")
-    with bucket.opened(Path(URL), write=False) as folder:
+    with storage.opened(Path(URL), write=False) as folder:
         assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()} == {
             str((folder / name).relative_to(tmp_path)) for name in ("fine", "a [*]?#")
         }
@@ -147,13 +147,13 @@ def test_names_from_strangers_stay_inside(store, tmp_path, monkeypatch):
 
 def test_copies_of_killed_processes_are_removed(store, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr(bucket, "YOUNG", 0)
+    monkeypatch.setattr(storage, "YOUNG", 0)
     code = "import sys, time\nfrom pathlib import Path\nfrom heal_jax import bucket\n"
-    code += f"with bucket.opened(Path({URL!r}), write=False):\n    print(flush=True)\n    time.sleep(100)"
+    code += f"with storage.opened(Path({URL!r}), write=False):\n    print(flush=True)\n    time.sleep(100)"
     process = subprocess.Popen([sys.executable, "-c", code], env={**ENVIRONMENT, "TMPDIR": str(tmp_path)}, stdout=-1)
     process.stdout.read(1)
     for left in (1, 0):
-        with bucket.opened(Path(URL), write=False) as folder:
+        with storage.opened(Path(URL), write=False) as folder:
             assert len([path for path in tmp_path.iterdir() if path != folder.parent]) == left
         process.kill()
         process.wait()
@@ -173,7 +173,7 @@ def nothing(line: str) -> None:
 
 
 def test_a_second_run_is_told_who_is_first(store, quick):
-    with bucket.opened(Path(URL)) as one, bucket.opened(Path(URL)) as two:
+    with storage.opened(Path(URL)) as one, storage.opened(Path(URL)) as two:
         with lock.lock(one, "heal run first.yaml", nothing):
             assert lock.holder(one) == lock.holder(two) == f"{URL}/.lock/000001"
             with pytest.raises(RunError, match=rf"process {os.getpid()} on .*heal run first.yaml, since 20"):
@@ -189,7 +189,7 @@ def test_of_many_one_has_the_lock(store, quick):
     store.write("runs/one/.lock/000007", b'{"pid": 1, "host": "elsewhere", "command": "", "since": ""}')
     held, told = [], []
     with contextlib.ExitStack() as stack:
-        folders = [stack.enter_context(bucket.opened(Path(URL))) for _ in range(4)]
+        folders = [stack.enter_context(storage.opened(Path(URL))) for _ in range(4)]
         done = threading.Barrier(4)
 
         def run(folder: Path) -> None:
@@ -213,17 +213,17 @@ def test_a_silent_run_is_taken_over_and_finds_out(store, quick, monkeypatch):
     monkeypatch.setattr(lock, "BEAT", 1e6)
     said: list[str] = []
     with contextlib.ExitStack() as stack:
-        two = stack.enter_context(bucket.opened(Path(URL)))
+        two = stack.enter_context(storage.opened(Path(URL)))
         stack.enter_context(pytest.raises(RunError, match="another run took it over"))
-        one = stack.enter_context(bucket.opened(Path(URL)))
+        one = stack.enter_context(storage.opened(Path(URL)))
         stack.enter_context(lock.lock(one, "first", nothing))
         with lock.lock(two, "second", said.append):
             write_text(two / "a", "second")
-            bucket.push(two)
+            storage.push(two)
             write_text(one / "a", "first")
             with pytest.raises(RunError, match="another run took it over"):
-                bucket.push(one)
-        bucket.push(one)
+                storage.push(one)
+        storage.push(one)
     assert "waiting up to" in said[0] and "did not come to its end" in said[1]
     assert store.read("runs/one/a") == b"second" and not store.names("runs/one/.lock")
 
@@ -314,7 +314,7 @@ def test_killed_damaged_and_resumed_elsewhere_gives_the_same_bytes_as_on_disk(st
     assert f"{URL}/rollouts/base-00001.parquet: damaged" in said and "did not come to its end" in said
     assert f"{URL}/checkpoints/heal/4: damaged" in said and f"goes on from {URL}/checkpoints/heal/2" in said
     assert f"report: {URL}/report.html   student: {URL}/export" in stdout
-    assert str(tmp_path) not in said and not list((tmp_path / "there").glob(f"{bucket.PREFIX}*"))
+    assert str(tmp_path) not in said and not list((tmp_path / "there").glob(f"{storage.PREFIX}*"))
     assert not store.names("runs/one/.lock")
 
     out = downloaded(store, tmp_path / "out")
@@ -330,7 +330,7 @@ TWO = """
 import sys
 from pathlib import Path
 import numpy as np
-from heal_jax import bucket, processes
+from heal_jax import storage, processes
 from heal_jax.config import ModelSpec, TrainSpec
 from heal_jax.export import save
 from heal_jax.model.lm import open_model
@@ -341,7 +341,7 @@ from heal_jax.train.loop import Phase, train
 
 examples = [Example(f"e{i}", "p", "base", tuple(range(i + 3, i + 40)), 8) for i in range(8)]
 phases = [Phase("first", examples, 2), Phase("second", examples, 2)]
-with processes.job(), bucket.opened(Path(sys.argv[1])) as out:
+with processes.job(), storage.opened(Path(sys.argv[1])) as out:
     directory = RunDirectory(out)
     for number in range(4):  # each process makes two of them and reads all
         made = lambda: [{"rollout_id": f"{number}"}]
@@ -351,7 +351,7 @@ with processes.job(), bucket.opened(Path(sys.argv[1])) as out:
         stage = out / "curriculum" / "stage1"
         processes.once(lambda: write_stage(stage, 1, examples, {}))
         directory.finish("curate", [out / "curriculum"])
-    bucket.pull(out / "curriculum")
+    storage.pull(out / "curriculum")
     assert read_stage(out / "curriculum" / "stage1") == examples
     mesh = make_mesh({"fsdp": 4, "tensor": 2})
     lm = open_model(ModelSpec("builtin:teacher"), mesh)
