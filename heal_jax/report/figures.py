@@ -311,8 +311,10 @@ def training(run: RunData, name: str, height: int = 240) -> Figure:
     """One of CURVES for both students by optimizer step; dotted lines where HEAL's phases begin."""
     _, unit, factor = CURVES[name]
     traces = []
+    positive: list[float] = []
     for model in STUDENTS:
-        points = training_points(run, model, name)
+        points = [(step, factor * y) for step, y in training_points(run, model, name)]
+        positive += [y for _, y in points if y > 0]
         if points:
             traces.append(
                 {
@@ -320,26 +322,24 @@ def training(run: RunData, name: str, height: int = 240) -> Figure:
                     "mode": "lines+markers" if name == "accuracy" else "lines" if len(points) > 1 else "markers",
                     "name": MODELS[model],
                     "x": [step for step, _ in points],
-                    "y": [factor * y for _, y in points],
+                    "y": [y for _, y in points],
                     "line": {"color": COLOURS[model], "width": 2},
                     "marker": {"color": COLOURS[model], "size": 8},
                     "hovertemplate": f"{MODELS[model]}, step %{{x}}: %{{y:.4~g}}<extra></extra>",
                 }
             )
-    drawn = [y for trace in traces for y in trace["y"] if y > 0]
+    axis: dict[str, Any] = {"rangemode": "tozero", "tickformat": TICKS.get(name, "")}
     # Students of small worlds learn their examples by heart: losses fall by orders of magnitude.
-    wide = name in ("loss", "grad_norm") and len(drawn) > 1 and max(drawn) > 100 * min(drawn)
-    y_axis = (
-        {"type": "log", "exponentformat": "power", "dtick": 1} if wide else {"rangemode": "tozero"} if from_zero else {}
-    )
+    if name in ("loss", "grad_norm") and positive and max(positive) > 100 * min(positive):
+        axis = {"type": "log", "dtick": 1, "tickformat": ".0e"}
     begins = numbers.phases(run, "heal")
     return _figure(
         traces,
         height=height,
-        margin={"l": 48, "r": 12, "t": 64, "b": 40},
-        legend={"orientation": "h", "x": 0, "y": 1.12, "yanchor": "bottom"},
+        margin={"l": 48, "r": 12, "t": 52, "b": 40},
+        legend={"orientation": "h", "x": 0, "y": 1.1, "yanchor": "bottom"},
         xaxis={"title": "optimizer step", "rangemode": "tozero", "showgrid": False},
-        yaxis={"title": unit, **y_axis},
+        yaxis={"title": unit, **axis},
         shapes=[_line(phase.first - 1) for phase in begins],
         annotations=[_note(phase.first - 1, label(phase.name), "left") for phase in begins],
-    )  # fmt: skip
+    )

@@ -27,8 +27,8 @@ def is_pure_sane(run: RunData) -> Iterable[Html]:
         "The PURE score S is near 1 where the teacher, without the hint, could have written every step itself, and "
         "grows where a step or the answer comes out of nowhere. The teacher’s own right rollouts show what is natural: "
         "a sane threshold keeps most of them, and cuts off the tail of those that saw the answer. Unaided rollouts are "
-        "not filtered: they are here to compare with. Mistakes of its own come naturally to the teacher, too: these the "
-        "grade finds, not S.",
+        "not filtered: they are here to compare with. The teacher’s own mistakes come naturally to it, too: the grade "
+        "finds these, not S.",
     )
     yield plot(figures.scores(run), "distribution of the PURE scores of rollouts, and the threshold")
     yield from _tables(run, several, limit)
