@@ -30,6 +30,7 @@ NODES = {
     "repair": "repair", "repair-right": "right repairs", "repair-pure": "PURE keeps",
     "hindsight": "hindsight", "hindsight-right": "right answers", "hindsight-pure": "PURE keeps",
     "stage 1": "stage 1", "stage 2": "stage 2", "stage 3": "stage 3", "nothing": "no example",
+    "open": "not decided yet",
 }  # fmt: skip
 # Figures of metrics.jsonl: title, unit, factor.
 CURVES = {
@@ -247,6 +248,7 @@ def scores(run: RunData) -> Figure:
     traces: list[dict[str, Any]] = []
     axes: dict[str, Any] = {}
     notes = []
+    drawn = 140 * len(several)  # pixels
     for i, (kind, found) in enumerate(several.items()):
         axis = f"y{i + 1}" if i else "y"
         right = numbers.binned(found.right, edges)
@@ -276,12 +278,12 @@ def scores(run: RunData) -> Figure:
                     **shared,
                 }  # fmt: skip
             )
-        top, bottom = 1 - i / len(several), 1 - (i + 1) / len(several) + (0.09 if i + 1 < len(several) else 0)
-        axes[f"yaxis{i + 1}" if i else "yaxis"] = {"domain": [bottom, top - 0.05], "rangemode": "tozero", "nticks": 4}
-        notes.append(_note(0, KINDS[kind], "left", top - 0.05) | {"xref": "paper"})
+        bottom, top = 1 - (i + 1) / len(several), 1 - i / len(several) - 34 / drawn
+        axes[f"yaxis{i + 1}" if i else "yaxis"] = {"domain": [bottom, top], "rangemode": "tozero", "nticks": 4}
+        notes.append(_note(0, KINDS[kind], "left", top) | {"xref": "paper"})
     return _figure(
         traces,
-        height=120 + 130 * len(several),
+        height=drawn + 52,
         barmode="overlay",
         bargap=0,
         legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
@@ -292,7 +294,7 @@ def scores(run: RunData) -> Figure:
             "range": [edges[0], middles[-1] * 2 - edges[-1]],
         },
         shapes=[_line(threshold)],
-        annotations=[*notes, _note(threshold, f" threshold {threshold:g}", "left", 0.955)],
+        annotations=[*notes, _note(threshold, f" threshold {threshold:g}", "left", 1 - 34 / drawn)],
         **axes,
     )  # fmt: skip
 
@@ -341,5 +343,9 @@ def training(run: RunData, name: str, height: int = 240) -> Figure:
         xaxis={"title": "optimizer step", "rangemode": "tozero", "showgrid": False},
         yaxis={"title": unit, **axis},
         shapes=[_line(phase.first - 1) for phase in begins],
-        annotations=[_note(phase.first - 1, label(phase.name), "left") for phase in begins],
+        # "stage 1", "1+2", "1+2+3": they stand close together on a phone.
+        annotations=[
+            _note(phase.first - 1, label(phase.name.removeprefix("stage ") if i else phase.name), "left")
+            for i, phase in enumerate(begins)
+        ],
     )

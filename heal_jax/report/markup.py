@@ -62,7 +62,7 @@ def table(head: Iterable[Any], rows: Iterable[Iterable[Any]], class_: str | None
 def plot(figure: dict[str, Any], title: str, wide: bool = False) -> Html:
     """A figure and its data; drawn by draw.js. A wide one scrolls on small screens."""
     place = [
-        tag("div", class_="plot", role="img", aria_label=title),
+        tag("div", class_="plot", role="img", aria_label=title, style=f"height:{figure['layout']['height']}px"),
         tag("script", script_json(figure), type="application/json"),
     ]
     scrolls = {"class_": "wide", "tabindex": "0", "role": "group", "aria_label": title} if wide else {}

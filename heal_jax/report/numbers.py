@@ -58,7 +58,8 @@ def by_teacher(run: RunData) -> dict[str, dict[str, dict[str, Any]]]:
 
 def problem_flow(run: RunData) -> dict[tuple[str, str], int]:
     """{(from, to): problems}. Unsolved problems try repairs first, then hindsight as the other hard ones do: what is
-    tried, is right somewhere (without talk of the hint), is somewhere kept by PURE, and is in a stage."""
+    tried, is right somewhere (without talk of the hint), is somewhere kept by PURE, and is in a stage; before `curate`
+    all ends as open."""
     tried: set[tuple[str, str]] = set()
     right: set[tuple[str, str]] = set()
     pure: set[tuple[str, str]] = set()
@@ -86,7 +87,7 @@ def problem_flow(run: RunData) -> dict[tuple[str, str], int]:
                 path.append(f"stage {stage}")
                 break
         else:
-            path.append("nothing")
+            path.append("nothing" if run.decisions else "open")
         links.update(itertools.pairwise(path))
     return dict(links)
 

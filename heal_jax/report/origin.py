@@ -10,7 +10,8 @@ from heal_jax.report.markup import Html, number, percent, plot, table, tag, todo
 
 def where_from(run: RunData) -> Iterable[Html]:
     problems = figures.sampled(run)
-    if run.decisions and problems and run.rollouts.num_rows:
+    curated = "curate" in run.manifest["stages"]
+    if problems and run.rollouts.num_rows and (run.decisions or not curated):
         yield plot(figures.flow(run), "flow of problems through the method", wide=True)
         yield tag(
             "p",
@@ -23,14 +24,14 @@ def where_from(run: RunData) -> Iterable[Html]:
             [f"{figures.NODES[a]} → {figures.NODES[b]}", number(n)] for (a, b), n in numbers.problem_flow(run).items()
         ]
         yield tag("details", tag("summary", "The flow in numbers"), table(["", "problems"], links))
-    elif "curate" not in run.manifest["stages"]:
-        yield todo("the flow of problems to the three stages (heal hindsight, heal repair, heal curate).")
-    else:
+    elif curated:
         yield tag(
             "p",
             "The flow of problems is not drawn: problems.parquet, decisions.parquet or the rollouts are not there.",
             class_="todo",
         )
+    if not curated:
+        yield todo("the flow of problems to the three stages (heal hindsight, heal repair, heal curate).")
     yield tag("div", *_counts(run.summary), class_="two")
     if problems:
         n, most = run.settings.sample.n, run.settings.gear.max_correct

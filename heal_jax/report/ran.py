@@ -9,7 +9,16 @@ from heal_jax.report.data import RunData
 from heal_jax.report.markup import Html, join, table, tag, todo
 from heal_jax.strict import flatten
 
-OWN_PLACE = ("stages", "shards", "files", "inputs", "work", "command", "sha256")  # of the manifest: not among the facts
+OWN_PLACE = (
+    "stages",
+    "shards",
+    "files",
+    "inputs",
+    "work",
+    "command",
+    "sha256",
+    "models",
+)  # of the manifest: not among the facts
 
 
 def what_ran(run: RunData) -> Iterable[Html]:
@@ -27,7 +36,9 @@ def what_ran(run: RunData) -> Iterable[Html]:
         )
     else:
         yield todo("the config (config.yaml).")
-    facts = [[name, text] for name, value in manifest.items() if name not in OWN_PLACE and (text := _fact(name, value))]
+    models = manifest.get("models")
+    entries = {**manifest, **(models if isinstance(models, dict) else {})}
+    facts = [[name, text] for name, value in entries.items() if name not in OWN_PLACE and (text := _fact(value))]
     yield tag("h3", "Versions, device, seeds")
     if facts:
         yield table([], facts, class_="facts-table")
@@ -44,7 +55,7 @@ def is_sum(value: object) -> bool:
     return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 
-def _fact(name: str, value: object) -> Html:
+def _fact(value: object) -> Html:
     """An entry of the manifest on few lines: its parts, with the checksums of single files left to their own table."""
     parts = flatten(value) if isinstance(value, dict) else {"": value}
     lines = [
