@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 
 from heal_jax.collect import hindsight, repair, sample
 from heal_jax.curriculum import STUDENTS, curate, train_students
-from heal_jax.errors import RunError, out_of_memory
+from heal_jax.errors import RunError, one_line, out_of_memory
 from heal_jax.evaluate import evaluate
 from heal_jax.export import export
 from heal_jax.processes import once
@@ -111,6 +111,10 @@ def _memory(stage: str) -> Iterator[None]:
 def _tell(run: Run) -> None:
     def tell() -> None:
         summarise(run)
-        write_report(run.root)
+        try:
+            write_report(run.root)
+        except Exception as error:  # of whatever kind: a page is no reason to lose a run
+            reason = one_line(error) or type(error).__name__
+            run.progress.say(f"note: report.html was not written ({reason}); `heal report {run.root}` writes it")
 
     once(tell)

@@ -14,7 +14,7 @@ from heal_jax.config import Config
 from heal_jax.config import load as load_config
 from heal_jax.errors import InputError
 from heal_jax.model.tokenizer import Tokenizer
-from heal_jax.report.forms import SUMMARY, TRAIN, fits
+from heal_jax.report.forms import DEV, SUMMARY, TRAIN, WORK, fits
 from heal_jax.store import DECISIONS, EVALUATION, PROBLEMS, ROLLOUTS, RunDirectory, read_json, read_table
 
 KINDS = ("base", "hindsight", "repair")
@@ -32,9 +32,16 @@ class RunData:
     decisions: dict[str, dict[str, Any]]  # by rollout_id
     evaluation: pa.Table
     training: list[dict[str, Any]]  # metrics.jsonl, event train
+    dev: list[dict[str, Any]]  # metrics.jsonl, event dev, each with the step of its student
     summary: dict[str, Any]
     tokenizer: Tokenizer | None
     notes: list[str]
+
+    @property
+    def work(self) -> dict[str, dict[str, Any]]:
+        """Seconds and tokens by what took them, from the manifest."""
+        found: dict[str, dict[str, Any]] = self.manifest.get("work", {})
+        return found if fits(found, WORK) else {}
 
     @property
     def settings(self) -> Config:
@@ -89,6 +96,7 @@ def load(root: Path) -> RunData:
     decisions = read(root / "decisions.parquet", read_table, DECISIONS.empty_table()).to_pylist()
     shards = sorted((root / "evaluation").glob("*.parquet"))
     summary = read(root / "summary.json", _summary, {})
+    training, dev = read(root / "metrics.jsonl", _training, ([], []))
     return RunData(
         root=root,
         config=read(root / "config.yaml", load_config, None),
@@ -99,7 +107,8 @@ def load(root: Path) -> RunData:
         evaluation=pa.concat_tables([read(path, read_table, EVALUATION.empty_table()) for path in shards])
         if shards
         else EVALUATION.empty_table(),
-        training=read(root / "metrics.jsonl", _training, []),
+        training=training,
+        dev=dev,
         summary=summary,
         tokenizer=_tokenizer(directory.manifest, notes),
         notes=notes,
@@ -113,10 +122,14 @@ def _summary(path: Path) -> dict[str, Any]:
     return summary
 
 
-def _training(path: Path) -> list[dict[str, Any]]:
-    """The train events. An interrupted run leaves a torn line, and repeats steps when it goes on: the last counts. What
-    lies before train_anew is of another curriculum."""
+def _training(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The train and dev events. An interrupted run leaves a torn line, and repeats steps when it goes on: the last
+    counts. What lies before train_anew is of another curriculum. A student is asked dev problems after the step that
+    was logged last.
+    """
     steps: dict[tuple[str, int], dict[str, Any]] = {}
+    dev: dict[tuple[str, int], dict[str, Any]] = {}
+    latest: dict[str, int] = {}
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
@@ -125,12 +138,16 @@ def _training(path: Path) -> list[dict[str, Any]]:
         try:
             event = json.loads(line)
             if event["event"] == "train_anew":
-                steps.clear()
+                steps, dev, latest = {}, {}, {}
             elif event["event"] == "train" and fits(event, TRAIN):
                 steps[event["model"], event["step"]] = event
+                latest[event["model"]] = event["step"]
+            elif event["event"] == "dev" and fits(event, DEV) and event["model"] in latest:
+                step = latest[event["model"]]
+                dev[event["model"], step] = {**event, "step": step}
         except (ValueError, TypeError, KeyError, RecursionError):
             continue
-    return sorted(steps.values(), key=lambda event: (event["model"], event["step"]))
+    return [steps[key] for key in sorted(steps)], [dev[key] for key in sorted(dev)]
 
 
 def _tokenizer(manifest: dict[str, Any], notes: list[str]) -> Tokenizer | None:

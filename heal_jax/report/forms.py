@@ -26,7 +26,10 @@ SUMMARY = {
     "seconds?": {"*": NUMBER},
 }
 TRAIN = {"model": TEXT, "step": INT, "loss?": MAYBE, "phase?": TEXT, "tokens?": NUMBER, "loss_tokens?": NUMBER,
-         "seconds?": NUMBER}  # fmt: skip
+         "seconds?": NUMBER, "grad_norm?": MAYBE, "learning_rate?": NUMBER, "tokens_per_second?": NUMBER,
+         "mfu?": MAYBE}  # fmt: skip
+DEV = {"model": TEXT, "accuracy": NUMBER}
+WORK = {"*": {"seconds": NUMBER, "tokens": INT}}
 
 
 def fits(value: Any, form: Any) -> bool:

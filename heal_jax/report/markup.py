@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Iterable
 from typing import Any
+from urllib.parse import quote
 
 VOID = {"meta", "br", "hr", "col"}
 
@@ -56,6 +57,25 @@ def table(head: Iterable[Any], rows: Iterable[Iterable[Any]], class_: str | None
     ]
     titles = tag("thead", tag("tr", [tag("th", name, scope="col") for name in names])) if names else None
     return tag("div", tag("table", titles, tag("tbody", body), class_=class_), class_="scroll")
+
+
+def plot(figure: dict[str, Any], title: str, wide: bool = False) -> Html:
+    """A figure and its data; drawn by draw.js. A wide one scrolls on small screens."""
+    place = [
+        tag("div", class_="plot", role="img", aria_label=title, style=f"height:{figure['layout']['height']}px"),
+        tag("script", script_json(figure), type="application/json"),
+    ]
+    scrolls = {"class_": "wide", "tabindex": "0", "role": "group", "aria_label": title} if wide else {}
+    return tag("div", place, **scrolls)
+
+
+def todo(text: str) -> Html:
+    return tag("p", "Still to come: ", text, class_="todo")
+
+
+def rollout_link(rollout_id: str) -> Html:
+    """To a rollout in the page's browser."""
+    return tag("a", rollout_id, href=f"#rollout={quote(rollout_id, safe='', errors='replace')}", class_="id")
 
 
 def number(value: float | None, digits: int = 0) -> str:
