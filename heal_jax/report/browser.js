@@ -1,6 +1,6 @@
 // The list of rollouts: filters, order, keyboard, and the fragment of the address that names one.
 
-const ROW = 54; // pixels, as browser.css has it
+const ROW = 70; // pixels, as browser.css has it
 const PURE = ["passes", "fails", "not scored"];
 const FRAGMENT = "#rollout=";
 
@@ -119,11 +119,11 @@ function start(index) {
     const made = node("div.row", { id: `row-${i}`, role: "option", "aria-selected": String(i === selected),
       "aria-posinset": position + 1, "aria-setsize": shown.length },
     node("p", {}, node("span.name", {}, isolated(shortName(index, i))),
-      node(`span.grade.${grade === "correct" ? "good" : "bad"}`, {}, plain(grade || "no grade")),
-      score[i] === null ? null : node(`span.score${pure[i] ? ".over" : ""}`, { title: "PURE score S" }, `S ${figure(score[i])}`),
       stage ? node("span.stage", { title: `kept, stage ${stage}` }, `stage ${stage}`) : null),
-    node("p.about", {}, node(`span.kind.${["base", "hindsight", "repair"].includes(kind) ? kind : "other"}`, {}, plain(kind)),
-      isolated(problems.question[problem].slice(0, 200))));
+    node("p.marks", {}, node(`span.kind.${["base", "hindsight", "repair"].includes(kind) ? kind : "other"}`, {}, plain(kind)),
+      node(`span.grade.${grade === "correct" ? "good" : "bad"}`, {}, plain(grade || "no grade")),
+      score[i] === null ? null : node(`span.score${pure[i] ? ".over" : ""}`, { title: "PURE score S" }, `S ${figure(score[i])}`)),
+    node("p.about", {}, isolated(problems.question[problem].slice(0, 200))));
     made.style.top = `${position * ROW}px`;
     made.addEventListener("click", () => go(i));
     return made;

@@ -25,6 +25,7 @@ class Detail {
       if (rollouts.parent[i] >= 0) add(this.children, rollouts.parent[i], i);
       add(this.siblings, rollouts.problem[i], i);
     });
+    new ResizeObserver(() => this.fit()).observe(place);
     new Readout(place, document.getElementById("value"), index.quantum);
   }
 
@@ -43,9 +44,15 @@ class Detail {
     const long = [one, other].some((r) => r && r.starts.length && letters(r) / r.starts.length > LONG_STEP);
     const top = scale([one, other]);
     const body = !one ? [this.absent(i)] : other ? this.repair(i, one, other, top) : this.single(i, one, top);
-    this.place.classList.toggle("long", long);
+    this.long = long;
+    this.fit();
     this.place.replaceChildren(this.head(i, one), ...body, this.family(i));
     this.place.scrollTop = 0;
+  }
+
+  // Figures stand below the text of a step where texts are long or there is little room.
+  fit() {
+    this.place.classList.toggle("stacked", this.long || this.place.clientWidth < 480);
   }
 
   head(i, one) {
@@ -63,7 +70,7 @@ class Detail {
       ["tokens", count(rollouts.tokens[i])],
       ["finish", one && one.finish],
     ];
-    return node("header", {},
+    return node("div.head", {},
       node("div.bar", {}, node("h3", {}, isolated(rollouts.id[i])), this.verdict(i),
         node("span.tools", {},
           button("‹ list", "back to the list (Esc)", this.links.back),
@@ -109,17 +116,15 @@ class Detail {
   // A repair beside the failure that it came from: what they share, then both from the cut on.
   repair(i, one, other, top) {
     const { rollouts } = this.index;
-    const kept = one.shared;
     const at = rollouts.breakpoint[i];
-    const cut = kept ? other.starts.filter((start) => start < kept).length : 0;
-    const own = one.starts.filter((start) => start < kept).length;
+    const cut = Math.min(one.kept, other.starts.length);
     const where = at === null ? "no breakpoint: a single step" : `breakpoint at step ${at}`;
     const prefix = cut ? [
-      node("h4", {}, `Kept from the failed rollout: ${steps(cut)}, ${count(kept)} tokens`),
+      node("h4", {}, `Kept from the failed rollout: ${steps(cut)}, ${count(one.keptTokens)} tokens`),
       this.table(other, 0, cut, top, { surge: true, at, state: "kept" }),
     ] : [];
     return [
-      this.charts([["failed rollout", other, { at, cut }], ["repair", one, { kept: own, h: [...other.h.slice(0, own), ...one.h.slice(own)] }]]),
+      this.charts([["failed rollout", other, { at, cut }], ["repair", one, { kept: cut, h: [...other.h.slice(0, cut), ...one.h.slice(cut)] }]]),
       legend(top, one.shaded, this.index.quantum),
       ...prefix,
       node("p.cut", {}, cut ? `cut after ${steps(cut)} · ${where} of the failed rollout` : `nothing is kept · ${where}`),
@@ -128,7 +133,7 @@ class Detail {
           this.table(other, cut, other.starts.length, top, { surge: true, at }), this.after(other, top)),
         node("div", {}, node("h4", {}, "The repair"),
           this.hint(one, "the teacher alone sees"),
-          this.table(one, own, one.starts.length, top, { pure: true, answer: rollouts.answer[i] }), this.after(one, top))),
+          this.table(one, cut, one.starts.length, top, { pure: true, answer: rollouts.answer[i] }), this.after(one, top))),
     ];
   }
 
@@ -174,8 +179,8 @@ class Detail {
         node("td.text", {}, node("div", { dir: "auto", tabIndex: 0, "aria-label": `tokens of step ${k}` },
           shaded(one.pieces.slice(one.starts[k], end), one.starts[k], top)),
         k === at && surge ? node("span.chip", {}, "breakpoint") : null),
-        cell("entropy", meter(one.h[k], highest), figure(one.h[k])),
-        surge ? cell(settings.surge === "difference" ? "rise" : settings.surge, k ? signed(rise[k]) : "–") : null,
+        cell("entropy", meter(one.h[k], highest), figure(one.h[k], 3)),
+        surge ? cell(settings.surge === "difference" ? "rise" : settings.surge, k ? signed(rise[k], 3) : "–") : null,
         scored ? purity(one.ppl[k], one.expected[k], settings) : null));
     }
     if (scored && one.answer) {

@@ -81,6 +81,8 @@ class Block {
     return {
       pieces,
       shared: head.shared[k],
+      kept: head.kept[k],
+      keptTokens: head.kept_tokens[k],
       shaded: Boolean(head.shaded[k]),
       starts: head.starts[k],
       end: head.end[k],

@@ -240,7 +240,7 @@ def _block(views: Sequence[tuple[View, int]], quantum: float) -> bytes:
     those that are the parent's counted too; end: the first piece of no step."""
     hints: dict[str, int] = {}
     head: dict[str, list[Any]] = {name: [] for name in
-        ("text", "pieces", "shared", "ended", "shaded", "starts", "end", "h", "ppl", "expected", "answer", "hint",
+        ("text", "pieces", "shared", "kept", "kept_tokens", "ended", "shaded", "starts", "end", "h", "ppl", "expected", "answer", "hint",
          "finish")}  # fmt: skip
     entropies: list[float] = []
     lengths: list[int] = []
@@ -254,6 +254,8 @@ def _block(views: Sequence[tuple[View, int]], quantum: float) -> bytes:
         head["text"].append("".join(texts))
         head["pieces"].append(len(texts))
         head["shared"].append(shared)
+        head["kept"].append(found.kept_steps)
+        head["kept_tokens"].append(found.row["kept_tokens"] or 0)
         head["ended"].append(int(ended))
         head["shaded"].append(int(found.shaded))
         head["starts"].append(starts[:-1])

@@ -55,9 +55,9 @@ function figure(value, digits = 2) {
   return (value < 0 ? "−" : "") + (size >= 1e6 ? size.toExponential(1) : size.toFixed(digits));
 }
 
-function signed(value) {
+function signed(value, digits = 2) {
   if (value === null || !Number.isFinite(value)) return figure(value);
-  const shown = figure(Math.abs(value));
+  const shown = figure(Math.abs(value), digits);
   return Number(shown) === 0 ? shown : (value < 0 ? "−" : "+") + shown;
 }
 
