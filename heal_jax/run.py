@@ -230,7 +230,11 @@ def open_run(
         for size in undivided(mesh.shape, split):
             progress.say(f"note: the mesh does not divide {size.what}; it stays whole on every device")
         figures = hygiene.counts(loaded, removed)
-        counts = {"training": len(problems), "left_out": len(removed), "held_out": len(_all_of(evaluation))}
+        counts = {
+            "training": len(problems),
+            **({"left_out": len(removed)} if removed else {}),
+            "held_out": len(_all_of(evaluation)),
+        }
         progress.update("problems", len(loaded), len(loaded), counts=counts)
         if removed:
             progress.say(f"hygiene    {hygiene.described(figures)}: see {out / hygiene.FILE}")
