@@ -188,6 +188,7 @@ def train_students(run: Run) -> None:
     accounts: dict[str, Any] = {}
     spec = run.config.log if primary() else LogSpec()
     for name in STUDENTS:
+        run.progress.at(f"train {name}", "compiling")
         with tracking(spec, run.root, name, to_dict(run.config)) as track:
             _, done, dev = train_one(run, name, phases[name], length, track)
         accounts[name] = {

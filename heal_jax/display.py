@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.padding import Padding
 from rich.progress_bar import ProgressBar
 from rich.spinner import Spinner
 from rich.table import Table
@@ -64,8 +63,8 @@ def found(standing: Standing, plain: bool = False) -> list[Text]:
         elif name == "examples":
             out += [Text(f"stage {stage}: {n:,}") for stage, n in value.items()]
         elif name in ("hindsight", "repair"):
-            kept = "{kept:,} of {candidates:,} kept, of {problems_kept:,} of {problems:,} problems"
-            out += [Text(f"{name}: {kept.format_map(value)}")] if value["candidates"] else []
+            kept = "{kept:,} of {candidates:,} kept ({problems_kept:,} of {problems:,} problems)"
+            out += [Text(f"{name} {kept.format_map(value)}")] if value["candidates"] else []
         elif name == "loss":
             loss = Text("loss not finite", "red") if value is None else Text(f"loss {value:.4f}")
             low = min(standing.losses, default=0.0)
@@ -76,6 +75,8 @@ def found(standing: Standing, plain: bool = False) -> list[Text]:
                 out.append(Text(f"{name.replace('_', ' ')} {value:.2g}"))
         elif name == "mfu":
             out += [Text(f"MFU {value:.0%}")] if value is not None else []
+        elif name == "repaired":
+            out.append(Text(f"{value:,} problems repaired"))
         elif isinstance(value, int):
             out.append(Text(f"{value:,} {name.replace('_', ' ')}"))
         else:
@@ -90,7 +91,7 @@ def speed(standing: Standing, waited: float = 0.0) -> list[Text]:
         out.append(Text(f"{standing.tokens_per_s:,.0f} tokens/s", "cyan"))
     if standing.done < standing.total and standing.eta_seconds is not None:
         out.append(Text(f"{clock(max(0.0, standing.eta_seconds - waited))} left"))
-    if standing.done >= standing.total:
+    if standing.done >= standing.total and standing.unit:
         out.append(Text(f"in {clock(standing.seconds)}"))
     return out
 
@@ -106,23 +107,20 @@ def line(standing: Standing, plain: bool = False) -> Text:
     return Text.assemble(f"{standing.stage:<{NAME - 1}} ", Text(", ").join(parts))
 
 
-def lasting(standing: Standing, plain: bool = False) -> RenderableType:
-    """The line of a finished stage on a terminal, indented where it is broken."""
-    grid = Table.grid(padding=(0, 1))
-    grid.add_column(min_width=NAME - 1)
-    grid.add_column(overflow="fold")
-    grid.add_row(Text(standing.stage, "bold"), _broken([*found(standing, plain), *speed(standing)]))
-    return grid
+def lasting(standing: Standing, wide: int, plain: bool = False) -> Text:
+    """The line of a finished stage on a terminal so wide; where it is broken, between parts, it is indented."""
+    name = Text(f"{standing.stage:<{NAME - 1}} ", "bold")
+    return name + broken([*found(standing, plain), *speed(standing)], wide, len(name), NAME)
 
 
 def block(standing: Standing | None, name: str, doing: str, waited: float, wide: int, spinner: Spinner) -> Group:
     """The lines of a stage at work: bar, speed and time left; below them what it found."""
     if standing is None:
-        return Group(_row(spinner, Text(name, "bold"), Text(doing or "starting", "dim")))
-    bar = ProgressBar(max(1, standing.total), standing.done, width=max(8, min(BAR, wide - 56)))
+        return Group(_row(spinner, Text(name, "bold"), Text(doing, "dim")))
+    bar = ProgressBar(max(1, standing.total), standing.done, width=max(8, min(BAR, wide - len(standing.stage) - 50)))
     first = _row(spinner, Text(standing.stage, "bold"), bar, Text(at(standing)), *speed(standing, waited))
     below = [*found(standing), *([Text(doing, "dim")] if doing else [])]
-    return Group(first, *([Padding(_broken(below), (0, 0, 0, 2))] if below else []))
+    return Group(first, *([Text("  ") + broken(below, wide, 2, 2)] if below else []))
 
 
 def _row(*cells: RenderableType) -> Table:
@@ -133,7 +131,15 @@ def _row(*cells: RenderableType) -> Table:
     return grid
 
 
-def _broken(parts: Sequence[Text]) -> Text:
-    """Parts in a row that is broken between them, not within: their own blanks do not break."""
-    whole = [Text(part.plain.replace(" ", "\u00a0"), part.style) if not part.spans else part for part in parts]
-    return Text(", ").join(whole)
+def broken(parts: Sequence[Text], wide: int, used: int, indent: int) -> Text:
+    """Parts in a row, broken between them where the next does not fit; `used`: columns of the first line before it."""
+    text, column = Text(), used
+    for i, part in enumerate(parts):
+        end = "," if i + 1 < len(parts) else ""
+        need = part.cell_len + len(end)
+        if column > indent and column + need > wide:
+            text.append("\n" + " " * indent)
+            column = indent
+        text.append_text(part).append(end + (" " if end else ""))
+        column += need + 1
+    return text

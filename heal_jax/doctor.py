@@ -331,11 +331,6 @@ def of_tokenizer(config: Config, name: str, tokenizer: Tokenizer) -> Iterator[Fi
         yield Finding("tokenizer", WARNING, f"{name}: no chat template, prompts are the bare text; EOS {ends}", advice)
     else:
         yield Finding("tokenizer", OK, f"{name}: chat template, EOS {ends}")
-        turn = tokenizer.hf.convert_ids_to_tokens(tokenizer.turn_end)
-        if tokenizer.pad_id in tokenizer.eos_ids:
-            yield Finding(
-                "tokenizer", OK, f"{name}: pads with an EOS; losses are masked by length, so turns end ({turn!r})"
-            )
     tag = config.grade.think_open.strip()
     if tag and prompt.rstrip().endswith(tag):
         text = f"{name}: its chat template opens the thinking part ({tag}) already"

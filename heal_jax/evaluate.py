@@ -50,6 +50,7 @@ def _shards(run: Run, name: str, draw: Draw, model: Callable[[], LanguageModel])
     def samples(part: Sequence[Problem], tokens: list[int], owner: int) -> list[dict[str, Any]]:
         lm = model()
         with run.work("evaluate", tokens):
+            run.progress.doing(f"decoding {len(part) * draw.samples:,} samples")
             rows = ask(run, lm, draw, part, prompts, shape, owner)
             tokens.extend(len(row["tokens"]) for row in rows)
             return [{"model": name, **row} for row in rows]

@@ -70,7 +70,7 @@ class Progress:
         self._stage = self._doing = ""  # a stage of a run, and what it is at
         self._standing: Standing | None = None
         self._rate = _Rate(now())
-        self._updated = self._said = -math.inf
+        self._updated = self._said = self._began_at = -math.inf
 
     def __enter__(self) -> "Progress":
         return self
@@ -118,7 +118,7 @@ class Progress:
 
     def at(self, name: str, doing: str = "") -> None:
         """From now on this is at work, of which nothing is there yet."""
-        self._stage, self._doing, self._standing = name, doing, None
+        self._stage, self._doing, self._standing, self._began_at = name, doing or "starting", None, self._now()
         self._show()
 
     def doing(self, what: str) -> None:
@@ -140,7 +140,8 @@ class Progress:
         update of a stage says where it begins."""
         now, before = self._now(), self._standing
         if before is None or before.stage != stage or done < before.done:
-            before, self._rate, self._said = None, _Rate(now), -math.inf
+            began = self._began_at if self._stage == stage else now
+            before, self._rate, self._said = None, _Rate(began), -math.inf
         units = done - before.done if before else 0
         self._rate.add(now, units, tokens, found)
         loss = (counts or {}).get("loss")
@@ -156,7 +157,7 @@ class Progress:
         finished = done >= total and (before is None or before.done < total)
         if self._on_terminal:
             if finished:
-                self.console.print(display.lasting(standing, self._plain))
+                self.console.print(display.lasting(standing, self.console.width, self._plain), soft_wrap=True)
             self._show()
         elif (finished or now - self._said >= EVERY) and (before or finished):
             self.console.print(display.line(standing, self._plain).plain, markup=False, soft_wrap=True)
@@ -192,7 +193,9 @@ class Progress:
         """Called by the display's own thread."""
         standing, waited = self._standing, self._now() - self._updated
         if standing is not None and standing.done >= standing.total:
-            standing, waited = None, 0.0  # it has a line that stays
+            return display.block(
+                None, self._stage or standing.stage, self._doing or "finishing", 0.0, 80, self._spinner
+            )
         if standing is None and not self._stage:
             return ""
         return display.block(standing, self._stage, self._doing, waited, self.console.width, self._spinner)

@@ -237,7 +237,11 @@ def open_run(
         if empty := rows - config.train.batch:
             progress.say(f"note: {empty} of {rows} rows of a training step are empty; train.batch {rows} wastes none")
         figures = hygiene.counts(loaded, removed)
-        counts = {"training": len(problems), "left_out": len(removed), "held_out": len(_all_of(evaluation))}
+        counts = {
+            "training": len(problems),
+            **({"left_out": len(removed)} if removed else {}),
+            "held_out": len(_all_of(evaluation)),
+        }
         progress.update("problems", len(loaded), len(loaded), counts=counts)
         if removed:
             progress.say(f"hygiene    {hygiene.described(figures)}: see {out / hygiene.FILE}")

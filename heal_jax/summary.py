@@ -84,7 +84,7 @@ def verdict(root: Path) -> str:
     for name, figures in summary["accuracy"].items():
         levels = "  ".join(f"{level or 'all'} {part['mean']:.1%}" for level, part in figures["per_level"].items())
         low, high = figures["ci95"]
-        lines.append(f"{name:<20} {figures['mean']:6.1%}  [{low:.1%}, {high:.1%}]  {levels}")
+        lines.append(f"{name:<18} {figures['mean']:6.1%} [{low:.1%}, {high:.1%}]  {levels}")
     lines.append(f"HEAL minus rejection sampling: {_signed(summary['difference'])}")
     for title, figures in further(summary):
         means = "  ".join(f"{name} {figures[name]['mean']:.1%}" for name in MODELS)
