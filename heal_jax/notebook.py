@@ -16,6 +16,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from PIL import Image
 
 from heal_jax.errors import InputError
 from heal_jax.gear import last_candidate
@@ -39,12 +40,13 @@ class Picture:
         self.figure = figure
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> tuple[dict[str, Any], dict[str, Any]]:
-        file = io.BytesIO()
+        drawn, small = io.BytesIO(), io.BytesIO()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph")  # a box stands for it
-            self.figure.savefig(file, format="png", dpi=150, metadata={"Software": None})
+            self.figure.savefig(drawn, format="png", dpi=150)
+        Image.open(drawn).convert("RGB").quantize(128).save(small, "png", optimize=True)  # a fifth of the bytes
         width = round(100 * self.figure.get_figwidth())
-        return {"image/png": file.getvalue(), "text/plain": "<Picture>"}, {"image/png": {"width": width}}
+        return {"image/png": small.getvalue(), "text/plain": "<Picture>"}, {"image/png": {"width": width}}
 
 
 def rollout(run: RunData, rollout_id: str) -> Picture:
