@@ -4,19 +4,28 @@ import io
 import json
 import re
 import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
+from urllib.parse import unquote
 
 import numpy as np
+import plotly.graph_objects as go
+import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
 
-from heal_jax import config, store
+from heal_jax import config, pipeline, store
 from heal_jax.errors import InputError
 from heal_jax.model.tokenizer import Tokenizer
+from heal_jax.report import figures, numbers
 from heal_jax.report.data import load
 from heal_jax.report.page import write_report
 from heal_jax.report.payload import pack
+from heal_jax.report.ran import reproduce
 from heal_jax.report.show import show
 from heal_jax.report.view import view
 from heal_jax.world import tokenizer as world_tokenizer
@@ -147,23 +156,36 @@ def make_run(root: Path, hostile: str = "") -> Path:
         levels = {name + hostile: {"mean": mean * part, "n": 40, "ci95": [mean * part - 0.1, mean * part + 0.1]}
                   for name, part in (("easy", 1.4), ("hard", 0.6))}  # fmt: skip
         accuracy[model] = {"mean": mean, "ci95": [mean - 0.041, mean + 0.039], "n": 80, "per_level": levels}
-        samples = [{"model": model, "problem_id": f"t{i}", "sample": 0, "tokens": [1], "grade": f"wrong{hostile}"}
-                   for i in range(9)]  # fmt: skip
+        shift = 3 * len(accuracy)
+        samples = [{"model": model, "problem_id": f"t{i}", "sample": j, "tokens": [1],
+                    "grade": "correct" if j < (i + shift) % 5 else f"wrong{hostile}"}
+                   for i in range(9) for j in range(4)]  # fmt: skip
         run.shard(f"evaluation/{model}-00000", lambda samples=samples: samples, store.EVALUATION)
     others = {"greedy": accuracy | {"difference": {"mean": 0.0321, "ci95": [-0.0234, 0.0876]}}}
     others["sets"] = {f"aime{hostile}": accuracy | {"difference": SUMMARY["difference"]} | others}
     store.write_json(root / "summary.json", SUMMARY | {"accuracy": accuracy} | others)
     lines = [
         {"event": "train", "model": model, "step": step, "phase": stages[(step - 1) // 100] + hostile,
-         "loss": 2.5 * np.exp(-step / 60) + 0.05 * rng.random(), "tokens": step * 9, "loss_tokens": step * 6}
+         "loss": 2.5 * np.exp(-step / 60) + 0.05 * rng.random(), "tokens": step * 9, "loss_tokens": step * 6,
+         "grad_norm": rng.random(), "learning_rate": 1e-5, "seconds": step / 4, "tokens_per_second": 36.0, "mfu": None}
         for model, stages in (("heal", ["stage 1", "stage 1+2", "stage 1+2+3"]), ("rejection_sampling", ["1"] * 3))
         for step in range(10, 310, 10)
     ]  # fmt: skip
+    for model, steps in {"rejection_sampling": {300: 0.5}, "heal": {100: 0.25, 200: 0.625, 300: 0.5}}.items():
+        for step, right in steps.items():
+            at = next(i for i, line in enumerate(lines) if line["model"] == model and line["step"] == step)
+            lines.insert(at + 1, {"event": "dev", "model": model, "accuracy": right, "step": None})
     # The last line is torn, as an interruption leaves it.
     store.write_text(root / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines) + '{"event": "tra')
     teacher = {"path": str(world.folder), "sha256": "0" * 64, "vocab_size": world.vocab_size}
     stages = ("sample", "hindsight", "repair", "curate", "train", "evaluate", "export")
-    run.update(versions={"jax": f"0.10.2{hostile}"}, models={"teacher": teacher}, stages={name: {} for name in stages})
+    work = {name: {"seconds": 2.5, "tokens": 50} for name in ("sample", "train heal", "train rejection_sampling")}
+    run.update(
+        work=work,
+        versions={"jax": f"0.10.2{hostile}"},
+        models={"teacher": teacher},
+        stages={name: {} for name in stages},
+    )
     return root
 
 
@@ -177,6 +199,7 @@ class Page(HTMLParser):
         self.scripts: list[tuple[dict, str]] = []
         self.text = ""
         self.rows: list[list[str]] = []
+        self.links: list[str] = []
         self.inside, self.cell = "", False
         self.feed(path.read_text(encoding="utf-8"))
 
@@ -186,6 +209,8 @@ class Page(HTMLParser):
         self.inside = tag
         if tag == "script":
             self.scripts.append((dict(attrs), ""))
+        if "href" in dict(attrs):
+            self.links.append(dict(attrs)["href"])
         if tag == "tr":
             self.rows.append([])
         if tag in ("td", "th"):
@@ -209,6 +234,18 @@ class Page(HTMLParser):
 
     def figures(self) -> list[dict]:
         return [json.loads(text) for attributes, text in self.scripts if attributes.get("type") == "application/json"]
+
+
+def links(flow: dict) -> dict[tuple[str, str], int]:
+    """Problems from one node of the flow to another."""
+    names, link = [name.split("<br>")[0] for name in flow["data"][0]["node"]["label"]], flow["data"][0]["link"]
+    ends = zip(link["source"], link["target"], link["value"], strict=True)
+    return {(names[a], names[b]): count for a, b, count in ends}
+
+
+def stored(root: Path, name: str) -> list[dict]:
+    """Rows of Parquet files of a run directory."""
+    return [row for path in sorted(root.glob(name)) for row in pq.read_table(path).to_pylist()]
 
 
 @pytest.fixture(scope="module")
@@ -236,21 +273,161 @@ def test_figures_are_those_of_the_summary(plain):
     assert page.row("repaired (a repair is kept)") == ["2"]
     assert page.row("candidates") == ["5", "1,154"] and page.row("kept") == ["4", "106"]
     assert page.row("talk about the hint") == ["–", "19"] and page.row("stage 3") == ["6", "66"]
-    accuracy, flow, rates, loss = page.figures()
+    accuracy, _, flow, rates, _, loss, dev, _, _, _ = page.figures()
     heal = next(trace for trace in accuracy["data"] if trace["name"] == "HEAL")
     assert heal["y"] == pytest.approx([56.78, 79.492, 34.068]) and heal["error_y"]["array"][0] == pytest.approx(3.9)
     counts = {trace["name"]: (trace["x"], trace["y"]) for trace in rates["data"]}
     assert counts == {"unsolved": ([0], [3]), "hard": ([3], [2]), "solved": ([9], [3])}
     assert [trace["x"] for trace in loss["data"]] == [list(range(10, 310, 10))] * 2
-    names, link = [name.split("<br>")[0] for name in flow["data"][0]["node"]["label"]], flow["data"][0]["link"]
-    ends = zip(link["source"], link["target"], link["value"], strict=True)
-    assert {(names[a], names[b]): count for a, b, count in ends} == {
+    assert [trace["x"] for trace in dev["data"]] == [[300], [100, 200, 300]]
+    assert dev["data"][1]["y"] == [25, 62.5, 50]
+    assert links(flow) == {
         ("problems", "solved"): 3, ("problems", "hard"): 2, ("problems", "unsolved"): 3, ("solved", "stage 1"): 3,
-        ("unsolved", "repair"): 3, ("repair", "right repairs"): 3, ("right repairs", "stage 3"): 2,
+        ("unsolved", "repair"): 3, ("repair", "right repairs"): 3, ("right repairs", "PURE keeps"): 3,
+        ("PURE keeps", "stage 3"): 2,
         # One unsolved problem has no repair left, one hard problem no hindsight rollout.
-        ("right repairs", "hindsight"): 1, ("hard", "hindsight"): 2, ("hindsight", "right answers"): 3,
-        ("right answers", "stage 2"): 2, ("right answers", "stage 1"): 1,
+        ("PURE keeps", "hindsight"): 1, ("hard", "hindsight"): 2, ("hindsight", "right answers"): 3,
+        ("right answers", "PURE keeps"): 2, ("PURE keeps", "stage 2"): 2, ("right answers", "stage 1"): 1,
     }  # fmt: skip
+
+
+def test_accuracy_by_what_the_teacher_solves(plain):
+    rates: dict[str, dict[str, list[bool]]] = {}
+    for row in stored(plain, "evaluation/*.parquet"):
+        rates.setdefault(row["model"], {}).setdefault(row["problem_id"], []).append(row["grade"] == "correct")
+    teacher = {problem: sum(right) / len(right) for problem, right in rates["teacher"].items()}
+    found = numbers.by_teacher(load(plain))
+    assert {name: part["teacher"]["n"] for name, part in found.items()} == {
+        "solved": sum(rate >= 0.5 for rate in teacher.values()),
+        "hard": sum(0.1 < rate < 0.5 for rate in teacher.values()),  # unsolved: at most 1 of 10
+        "unsolved": sum(rate <= 0.1 for rate in teacher.values()),
+    }
+    solved = [problem for problem, rate in teacher.items() if rate >= 0.5]
+    means = {model: np.mean([np.mean(right[p]) for p in solved]) for model, right in rates.items()}
+    means["difference"] = means["heal"] - means["rejection_sampling"]
+    assert {model: part["mean"] for model, part in found["solved"].items()} == pytest.approx(means)
+    assert all(part["ci95"][0] <= part["mean"] <= part["ci95"][1] for part in found["solved"].values())
+    assert found["unsolved"]["teacher"]["ci95"] == [0, 0]
+    drawn = {trace["name"]: trace["y"] for trace in figures.by_teacher(load(plain))["data"]}
+    assert drawn["HEAL"] == pytest.approx([100 * part["heal"]["mean"] for part in found.values()])
+
+
+def test_scores_and_the_examples_nearest_to_the_threshold(plain):
+    run, limit = load(plain), 1.12
+    decisions = {row["rollout_id"]: row for row in stored(plain, "decisions.parquet")}
+    right = [row for row in stored(plain, "rollouts/*.parquet") if row["kind"] != "base" and row["grade"] == "correct"]
+    aided = [row for row in right if decisions[row["rollout_id"]]["reason"] != "talks about the hint"]
+    drawn = [trace for trace in figures.scores(run)["data"] if trace["type"] == "bar"]
+    for kind, traces in (("hindsight", drawn[:2]), ("repair", drawn[2:])):
+        scores = [row["pure_score"] for row in aided if row["kind"] == kind]
+        below = sum(score <= limit for score in scores)
+        assert [sum(filter(None, trace["y"])) for trace in traces] == [below, len(scores) - below]
+        page, title = Page(write_report(plain)), {"hindsight": "hindsight, right", "repair": "repairs, right"}[kind]
+        share = f"{100 * below / len(scores):.1f} %"
+        kept = sum(decisions[row["rollout_id"]]["kept"] for row in aided if row["kind"] == kind)
+        assert page.row(title) == [str(len(scores)), f"{np.median(scores):.3f}", str(below), share, str(kept)]
+    for above, rows in enumerate(numbers.nearest(run)):
+        best = {}
+        for row in aided:
+            if (row["pure_score"] > limit) == above:
+                best.setdefault(row["problem_id"], []).append(abs(row["pure_score"] - limit))
+        distances = [abs(row["pure_score"] - limit) for row in rows]
+        assert distances == sorted(min(several) for several in best.values())[:4]
+        for row in rows:
+            assert f"#rollout={row['rollout_id']}" in map(unquote, page.links)
+            ratio = np.array(row["step_ppl"]) / (np.array(row["step_expected_ppl"]) + 0.01)
+            cells = page.row(row["rollout_id"])
+            assert cells[0] == f"{row['pure_score']:.4f}" and cells[2] == f"{ratio.mean():.3f}"
+            assert cells[3] == f"{ratio.max():.2f}, step {ratio.argmax() + 1} of {len(ratio)}"
+            assert row["pure_score"] == pytest.approx(0.8 * ratio.mean() + 0.2 * ratio.max(), rel=1e-5)
+
+
+SCORE = st.floats(0.5, 60, width=32)
+
+
+@given(st.lists(SCORE, min_size=1), st.lists(SCORE), st.floats(0.6, 5))
+def test_no_bin_holds_scores_of_both_sides_of_the_threshold(right, other, threshold):
+    found = numbers.Scores(np.array(right), np.array(other))
+    edges = numbers.score_bins({"base": found}, threshold)
+    assert threshold in edges and (np.diff(edges) > 0).all() and len(edges) < 250
+    for values in (found.right, found.other):
+        counts = numbers.binned(values, edges)
+        assert counts.sum() == len(values)
+        assert counts[: list(edges).index(threshold)].sum() == (values <= threshold).sum()
+
+
+def test_curves_and_phases(plain):
+    run = load(plain)
+    assert [(p.name, p.first, p.last, p.tokens, p.seconds, p.dev) for p in numbers.phases(run, "heal")] == [
+        ("stage 1", 1, 100, 900, 25, 0.25), ("stage 1+2", 101, 200, 900, 25, 0.625),
+        ("stage 1+2+3", 201, 300, 900, 25, 0.5),
+    ]  # fmt: skip
+    page = Page(write_report(plain))
+    assert page.row("HEAL, stage 1+2")[:5] == ["100", "900", "600", "25.0", "36"]
+    assert "HEAL: step 200 (62.5 %)" in page.text
+    assert page.row("train") == ["", "5.0", "100", "20"]  # both students
+    losses = [event["loss"] for event in run.training if event["model"] == "heal"]
+    assert numbers.curve(run, "heal", "loss") == list(zip(range(10, 310, 10), losses))
+    few = numbers.curve(run, "heal", "loss", most=7)
+    assert len(few) == 6 and few[0] == (50, pytest.approx(np.mean(losses[:5]))) and few[-1][0] == 300
+    assert "Model FLOPs utilisation" not in page.text  # not known on this device
+
+
+def test_figures_are_usable_elsewhere(plain):
+    run = load(plain)
+    several = (figures.accuracies, figures.by_teacher, figures.flow, figures.pass_rates, figures.scores, figures.losses)
+    made = [*(make(run) for make in several), *(figures.training(run, name) for name in figures.CURVES)]
+    for figure in made:
+        for scheme, ground in (("light", "#ffffff"), ("dark", "#1d2025")):
+            shown = go.Figure(figures.resolve(figure, scheme))  # refuses what is no colour
+            assert shown.layout.paper_bgcolor == ground and '"$' not in shown.to_json()
+    assert '"$accent"' in json.dumps(made)
+
+
+def test_the_commands_make_the_run_again(hostile, tmp_path):
+    root = shutil.copytree(hostile, tmp_path / "run")
+    text = "a\nEND_OF_CONFIG\n$(touch made) `touch made`; 'touch made'\n"
+    settings = config.Config(gear=config.GearSpec(hint="{answer} " + text), seed=3)
+    store.write_text(root / "config.yaml", config.dump(settings))
+    directory = store.RunDirectory(root)
+    directory.update(versions={"jax": "1; touch made", "$(touch made)": "2"}, device={"kind": "cpu"}, threads=2)
+    commands = reproduce(load(root))
+    assert commands.startswith("pip install . 'jax==1; touch made' '$(touch made)==2'\n")
+    for name in ("pip", "heal"):
+        (tmp_path / name).write_text(f'#!/bin/sh\necho "{name} $NPROC $#" >> said\n')
+        (tmp_path / name).chmod(0o755)
+    subprocess.run(["bash", "-c", commands], cwd=tmp_path, env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, check=True)
+    assert (tmp_path / "said").read_text() == "pip  4\nheal 2 4\n" and not (tmp_path / "made").exists()
+    assert config.load(tmp_path / "config.yaml") == settings
+
+
+def test_what_is_there_is_told_while_a_run_goes_on(plain, tmp_path):
+    root = shutil.copytree(plain, tmp_path / "run")
+    for name in ("decisions.parquet", "metrics.jsonl", *SHARDS[1:], "evaluation/heal-00000.parquet"):
+        (root / name).unlink()
+    store.write_json(root / "summary.json", {"problems": 8, "strata": SUMMARY["strata"]})
+    directory = store.RunDirectory(root)
+    shards = {name: digest for name, digest in directory.manifest["shards"].items() if "base" in name}
+    directory.update(stages={"sample": {}}, shards=shards)
+    page = Page(write_report(root))
+    assert "Of 8 problems the teacher solves 3, and leaves 3 unsolved (at most 1 of 10 tries right)." in page.text
+    flow, _ = page.figures()
+    assert links(flow) == {
+        ("problems", "solved"): 3, ("problems", "hard"): 2, ("problems", "unsolved"): 3,
+        ("solved", "not decided yet"): 3, ("hard", "not decided yet"): 2, ("unsolved", "not decided yet"): 3,
+    }  # fmt: skip
+    assert page.text.count("Still to come: ") == 6  # the stages, and one thing in each section but the last
+
+
+def test_a_run_outlives_its_report(tmp_path, monkeypatch):
+    def fail(root: Path) -> None:
+        raise ValueError("no\nroom")
+
+    said: list[str] = []
+    monkeypatch.setattr(pipeline, "summarise", lambda run: None)
+    monkeypatch.setattr(pipeline, "write_report", fail)
+    pipeline._tell(SimpleNamespace(root=tmp_path, progress=SimpleNamespace(say=said.append)))
+    assert said == [f"note: report.html was not written (no room); `heal report {tmp_path}` writes it"]
 
 
 def test_examples_come_first(plain):
@@ -297,7 +474,8 @@ def test_hostile_text_is_shown_and_never_run(plain, hostile):
 def test_nothing_is_fetched(plain):
     page = Page(write_report(plain))
     names = {name for _, attributes in page.shapes for name in attributes}
-    assert not names & {"src", "href", "srcset", "action", "data", "poster", "background"}
+    assert not names & {"src", "srcset", "action", "data", "poster", "background"}
+    assert page.links and all(link.startswith("#") for link in page.links)
     assert not re.search(r"url\(|@import", (plain / "report.html").read_text(encoding="utf-8").split("</style>")[0])
 
 
@@ -314,7 +492,8 @@ def test_half_finished_runs_have_a_page(plain, tmp_path, missing):
     else:
         path.unlink()
     page = Page(write_report(root))
-    for title in ("Did it help?", "Where did the data come from?", "What does a repair look like?", "What was run?"):
+    for title in ("Did it help?", "Where did the data come from?", "What does a repair look like?", "Is PURE sane?",
+                  "How did training go?", "What was run?"):  # fmt: skip
         assert title in page.text
     if missing in ("summary.json", "metrics.jsonl"):
         assert f"Still to come: the {'loss' if missing == 'metrics.jsonl' else 'accuracies'}" in page.text

@@ -248,7 +248,7 @@ def scores(run: RunData) -> Figure:
     traces: list[dict[str, Any]] = []
     axes: dict[str, Any] = {}
     notes = []
-    drawn = 140 * len(several)  # pixels
+    drawn = 150 * len(several)  # pixels
     for i, (kind, found) in enumerate(several.items()):
         axis = f"y{i + 1}" if i else "y"
         right = numbers.binned(found.right, edges)

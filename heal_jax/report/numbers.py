@@ -59,7 +59,7 @@ def by_teacher(run: RunData) -> dict[str, dict[str, dict[str, Any]]]:
 def problem_flow(run: RunData) -> dict[tuple[str, str], int]:
     """{(from, to): problems}. Unsolved problems try repairs first, then hindsight as the other hard ones do: what is
     tried, is right somewhere (without talk of the hint), is somewhere kept by PURE, and is in a stage; before `curate`
-    all ends as open."""
+    what PURE keeps ends as open."""
     tried: set[tuple[str, str]] = set()
     right: set[tuple[str, str]] = set()
     pure: set[tuple[str, str]] = set()
@@ -85,6 +85,9 @@ def problem_flow(run: RunData) -> dict[tuple[str, str], int]:
                 path += [f"{kind}-pure"] if (name, kind) in pure else []
             if (name, stage) in stages:
                 path.append(f"stage {stage}")
+                break
+            if not run.decisions and (name, kind) in pure and kind != "base":
+                path.append("open")
                 break
         else:
             path.append("nothing" if run.decisions else "open")
