@@ -124,9 +124,11 @@ def write_table(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> No
 
 
 def read_table(path: Path) -> pa.Table:
-    """Raises InputError where the file is missing or damaged."""
+    """Raises InputError where the file is missing or damaged, or holds text that is not UTF-8."""
     try:
-        return pq.read_table(path)
+        table = pq.read_table(path)
+        table.validate(full=True)
+        return table
     except (OSError, pa.ArrowException) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{path}: damaged or missing ({reason}); delete it and run again to make it anew") from None

@@ -1,4 +1,5 @@
-"""HTML from Python values: everything that is not `Html` already is escaped."""
+"""HTML from Python values: everything that is not `Html` already is escaped, and written out where it could reorder or
+hide what is around it."""
 
 import html
 import json
@@ -6,6 +7,8 @@ import math
 from collections.abc import Iterable
 from typing import Any
 from urllib.parse import quote
+
+from heal_jax.report.terminal import clean
 
 VOID = {"meta", "br", "hr", "col"}
 
@@ -15,7 +18,7 @@ class Html(str):
 
 
 def escape(value: object) -> Html:
-    return value if isinstance(value, Html) else Html(html.escape(str(value), quote=True))
+    return value if isinstance(value, Html) else Html(html.escape(clean(str(value)), quote=True))
 
 
 def join(children: Iterable[Any]) -> Html:
@@ -36,16 +39,18 @@ def tag(name: str, *children: Any, **attributes: Any) -> Html:
 
 def script_json(value: Any) -> Html:
     """JSON that no HTML parser takes for markup and no script parser for a line's end; NaN and infinity become null."""
-    text = json.dumps(_finite(value), allow_nan=False, separators=(",", ":"))  # ASCII: U+2028 is escaped
+    text = json.dumps(_shown(value), allow_nan=False, separators=(",", ":"))  # ASCII: U+2028 is escaped
     return Html(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
 
 
-def _finite(value: Any) -> Any:
+def _shown(value: Any) -> Any:
+    if isinstance(value, str):
+        return clean(value)
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return {key: _shown(item) for key, item in value.items()}
+    return [_shown(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def table(head: Iterable[Any], rows: Iterable[Iterable[Any]], class_: str | None = None) -> Html:

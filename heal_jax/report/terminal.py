@@ -1,4 +1,4 @@
-"""Text from models and files in a terminal: shown, never obeyed."""
+"""Text from models and files: shown, never obeyed, in a terminal or on the page."""
 
 import unicodedata
 

@@ -19,13 +19,16 @@ function node(name, properties = {}, ...children) {
 // are left: scripts and emoji need them, and they reorder nothing.
 const HIDDEN = /(?![\n\t\u200c\u200d])[\p{Cc}\p{Cf}\p{Cs}\p{Co}\p{Cn}\p{Zl}\p{Zp}\ufffd]/gu;
 
-function codePoint(character) {
-  return "U+" + character.codePointAt(0).toString(16).toUpperCase().padStart(4, "0");
+// As terminal.py writes it out: \x1b, \u202e, \U000e0001.
+function writtenOut(character) {
+  const code = character.codePointAt(0);
+  const [letter, digits] = code < 0x100 ? ["x", 2] : code < 0x10000 ? ["u", 4] : ["U", 8];
+  return character === "\r" ? "\\r" : `\\${letter}${code.toString(16).padStart(digits, "0")}`;
 }
 
 // One line of text, for places that hold no elements.
 function plain(text) {
-  return text.replace(HIDDEN, (found) => (found === "\ufffd" ? found : `⟨${codePoint(found)}⟩`)).replace(/\s+/gu, " ");
+  return text.replace(HIDDEN, (found) => (found === "\ufffd" ? found : writtenOut(found))).replace(/\s+/gu, " ");
 }
 
 // Text with its hidden characters named and its line breaks marked; `breaks`: also broken there.
@@ -37,7 +40,7 @@ function visible(text, breaks = true) {
     at = match.index + match[0].length;
     if (match[0] === "\n") parts.push(node("span.newline", {}, "↵"), breaks ? "\n" : "");
     else if (match[0] === "\ufffd") parts.push(node("span.control", { title: "U+FFFD: broken UTF-8" }, "\ufffd"));
-    else parts.push(node("span.control", { title: "shown, not obeyed" }, codePoint(match[0])));
+    else parts.push(node("span.control", { title: "shown, not obeyed" }, writtenOut(match[0])));
   }
   if (at < text.length) parts.push(text.slice(at));
   return parts;
