@@ -21,6 +21,7 @@ from heal_jax import lock, storage
 from heal_jax.bench.faults import content
 from heal_jax.errors import InputError, RunError
 from heal_jax.store import RunDirectory, write_text
+from heal_jax.train import checkpoint
 
 URL = "gs://bucket/runs/one"
 
