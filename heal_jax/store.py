@@ -290,8 +290,9 @@ class RunDirectory:
         again: list[str] = []
 
         def wrong(path: Path, recorded: str) -> str:
-            storage.pull(path)
-            return "missing" if not path.is_file() else "" if file_sha256(path) == recorded else "damaged"
+            if not path.is_file() and not (storage.pull(path) and path.is_file()):
+                return "missing"
+            return "" if file_sha256(path) == recorded else "damaged"
 
         for name, recorded in list(self.manifest["shards"].items()):
             path = self.root / f"{name}.parquet"

@@ -21,6 +21,7 @@ from heal_jax import lock, storage
 from heal_jax.bench.faults import content
 from heal_jax.errors import InputError, RunError
 from heal_jax.store import RunDirectory, write_text
+from heal_jax.train import checkpoint
 
 URL = "gs://bucket/runs/one"
 
@@ -148,7 +149,7 @@ def test_names_from_strangers_stay_inside(store, tmp_path, monkeypatch):
 def test_copies_of_killed_processes_are_removed(store, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr(storage, "YOUNG", 0)
-    code = "import sys, time\nfrom pathlib import Path\nfrom heal_jax import bucket\n"
+    code = "import sys, time\nfrom pathlib import Path\nfrom heal_jax import storage\n"
     code += f"with storage.opened(Path({URL!r}), write=False):\n    print(flush=True)\n    time.sleep(100)"
     process = subprocess.Popen([sys.executable, "-c", code], env={**ENVIRONMENT, "TMPDIR": str(tmp_path)}, stdout=-1)
     process.stdout.read(1)
@@ -157,6 +158,23 @@ def test_copies_of_killed_processes_are_removed(store, tmp_path, monkeypatch):
             assert len([path for path in tmp_path.iterdir() if path != folder.parent]) == left
         process.kill()
         process.wait()
+
+
+def test_checksums_hold_on_either_side(store, tmp_path):
+    """A checkpoint that was copied from a bucket to disk, or the other way."""
+    with storage.opened(Path(URL)) as folder:
+        on_bucket, on_disk = storage.place(folder / "checkpoints" / "1"), tmp_path
+        for data in (b"", b"some bytes" * 1000):
+            store.write("runs/one/checkpoints/1/state/d", data)
+            (on_disk / "state").mkdir(exist_ok=True)
+            (on_disk / "state" / "d").write_bytes(data)
+            sums = [checkpoint._sums(step)["state/d"] for step in (on_bucket, on_disk)]
+            assert len(set(sums)) == 2
+            for step in (on_bucket, on_disk):
+                for recorded in sums:
+                    assert checkpoint._holds(step / "state" / "d", recorded)
+                    assert not checkpoint._holds(step / "state" / "d", recorded.replace(recorded[-3], "?"))
+                    assert not checkpoint._holds(step / "state" / "e", recorded)
 
 
 # The lock
