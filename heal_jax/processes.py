@@ -96,7 +96,8 @@ def join() -> None:
         multihost_utils.sync_global_devices("joined")
     except (RuntimeError, ValueError, OSError) as error:
         advice = "" if arguments else "; auto is for TPU VMs, GKE, Slurm and Open MPI, elsewhere say HOST:PORT"
-        raise RunError(f"{os.environ['HEAL_COORDINATOR']}: the processes did not find each other ({error}){advice}") from None
+        coordinator = os.environ["HEAL_COORDINATOR"]
+        raise RunError(f"{coordinator}: the processes did not find each other ({error}){advice}") from None
 
 
 def named(environment: Mapping[str, str]) -> dict[str, Any] | None:

@@ -260,7 +260,7 @@ def test_what_is_missing_is_said_in_a_line(name, machine):
     tool = created(machine.done(script, *arguments))["argv"][0]
     bare = machine.folder / "bare"
     bare.mkdir()
-    for needed in ("bash", "grep", "dirname"):
+    for needed in ("bash", "dirname"):
         (bare / needed).symlink_to(shutil.which(needed))
     ran = machine.run(script, *arguments, PATH=str(bare))
     assert ran.returncode == 2 and re.fullmatch(f"{script}: {tool} is not installed; .+\n", ran.stderr)
