@@ -25,7 +25,7 @@ from jax.experimental import multihost_utils
 from heal_jax import signals
 from heal_jax.errors import InputError, RunError
 
-JOIN_SECONDS = 120  # until all processes are there
+JOIN_SECONDS = 300  # until all processes are there: the hosts of a pod start at their own pace
 END_SECONDS = 3600  # in which the last of them comes to its end
 HEARTBEAT_SECONDS = 60  # of silence, after which a process counts as dead; a closed connection tells at once
 LEAVE_SECONDS = 3  # a process that fails stays this long, so that others that fail alike can say so themselves
@@ -70,7 +70,7 @@ def join() -> None:
     """Become one of the processes of a job, where the environment names one. To be called before JAX is used.
 
     HEAL_COORDINATOR=HOST:PORT (of process 0), HEAL_PROCESSES=N and HEAL_PROCESS_ID=I; or HEAL_COORDINATOR=auto, where
-    JAX finds all three itself (TPU pods, Slurm, Open MPI). Raises InputError for values that make no sense and for
+    JAX finds all three itself (TPU VMs, GKE, Slurm, Open MPI). Raises InputError for values that make no sense and for
     processes with different numbers of devices, RunError where the others do not come.
     """
     arguments = named(os.environ)
@@ -94,8 +94,10 @@ def join() -> None:
             )
         # gloo gives its first collective half a minute: have it while all are here.
         multihost_utils.sync_global_devices("joined")
-    except (RuntimeError, ValueError) as error:
-        raise RunError(f"{os.environ['HEAL_COORDINATOR']}: the processes did not find each other ({error})") from None
+    except (RuntimeError, ValueError, OSError) as error:
+        advice = "" if arguments else "; auto is for TPU VMs, GKE, Slurm and Open MPI, elsewhere say HOST:PORT"
+        coordinator = os.environ["HEAL_COORDINATOR"]
+        raise RunError(f"{coordinator}: the processes did not find each other ({error}){advice}") from None
 
 
 def named(environment: Mapping[str, str]) -> dict[str, Any] | None:

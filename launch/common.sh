@@ -12,16 +12,17 @@ die() {
 
 # LAUNCH_* from launch/env, where the environment does not have them. Values are taken as they are, never evaluated.
 read_settings() {
-  local file=${LAUNCH_ENV:-$launch/env} line name number=0
+  local file=${LAUNCH_ENV:-$launch/env} line name number=0 known
   [[ -e $file || -n ${LAUNCH_ENV-} ]] || return 0
   [[ -r $file ]] || die "$file: cannot be read; copy launch/env.example there"
+  known=$'\n'$(<"$launch/env.example")
   while IFS= read -r line || [[ -n $line ]]; do
     number=$((number + 1))
     line=${line%$'\r'}
     [[ $line =~ ^[[:space:]]*(#|$) ]] && continue
     name=${line%%=*}
     [[ $line == *=* && $name =~ ^LAUNCH_[A-Z_]+$ ]] || die "$file:$number: LAUNCH_NAME=VALUE is expected"
-    grep -q "^$name=" "$launch/env.example" || die "$file:$number: there is no $name; see launch/env.example"
+    [[ $known == *$'\n'"$name="* ]] || die "$file:$number: there is no $name; see launch/env.example"
     [[ -v $name ]] || printf -v "$name" '%s' "${line#*=}"
   done <"$file"
 }

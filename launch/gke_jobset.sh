@@ -117,7 +117,10 @@ case $1 in
     text=$(manifest)
     run_with "$text" "${kubectl[@]}" create --filename=- # refuses one that is there
     ;;
-  log) run "${kubectl[@]}" logs --follow "job/$LAUNCH_NAME-slice-0" ;;
+  log)
+    run "${kubectl[@]}" logs --follow --tail=200 \
+      --selector="jobset.sigs.k8s.io/jobset-name=$LAUNCH_NAME,batch.kubernetes.io/job-completion-index=0"
+    ;;
   delete) run "${kubectl[@]}" delete jobset "$LAUNCH_NAME" ;;
   *) die "$1: no such action; create, log or delete" ;;
 esac

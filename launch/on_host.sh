@@ -8,6 +8,11 @@ set -euo pipefail
 : "${package?}" "${inputs?}" "${out?}" "${compile_cache?}" "${config?}"
 export HOME=${HOME:-/root} # start-up scripts have none
 root=${HEAL_ROOT:-/opt/heal}
+state=$(systemctl show --property=ActiveState --value heal)
+if [[ ! $state =~ ^(inactive|failed)$ ]]; then
+  echo "a run is under way here ($state); stop it first: launch/tpu_vm.sh stop" >&2
+  exit 1
+fi
 mkdir -p "$root"
 cd "$root"
 
@@ -32,11 +37,12 @@ if [[ -n $inputs ]]; then
 fi
 
 printf '%s\n' "$config" >config.yaml
-export HEAL_COORDINATOR=auto # JAX finds the hosts of the slice from the VM's metadata
+export PYTHONUNBUFFERED=1
+export HEAL_COORDINATOR=auto # JAX finds the hosts of the slice in the VM's metadata
 [[ -z $compile_cache ]] || export JAX_COMPILATION_CACHE_DIR=$compile_cache
 {
   printf '#!/usr/bin/env bash\n'
-  export -p | grep -E '^declare -x (HEAL_COORDINATOR|JAX_COMPILATION_CACHE_DIR)='
+  export -p | grep -E '^declare -x (HEAL_COORDINATOR|JAX_COMPILATION_CACHE_DIR|PYTHONUNBUFFERED)='
   printf 'exec'
   # shellcheck disable=SC2154 # set by who sends this
   printf ' %q' "$root/venv/bin/heal" run config.yaml --out "$out" ${fields[@]+"${fields[@]}"}
@@ -51,7 +57,7 @@ export HEAL_COORDINATOR=auto # JAX finds the hosts of the slice from the VM's me
 } >stopped
 chmod 700 start stopped
 
-# A run that is under way stays: there can be one unit of a name. Spot hosts have 30 s after the notice; heal takes 10.
+# Spot hosts have 30 s after the notice; heal takes 10.
 systemd-run --unit=heal --collect --working-directory="$root" \
   --property=Restart=on-failure --property=RestartSec=30 --property=RestartPreventExitStatus=2 \
   --property=StartLimitIntervalSec=1d --property=StartLimitBurst=50 \

@@ -38,7 +38,7 @@ case $action in
     host_script "$@"
     require LAUNCH_ACCELERATOR_TYPE LAUNCH_RUNTIME_VERSION
     options=(--accelerator-type="$LAUNCH_ACCELERATOR_TYPE" --runtime-version="$LAUNCH_RUNTIME_VERSION")
-    options+=(--scopes=cloud-platform)
+    options+=(--scopes=https://www.googleapis.com/auth/cloud-platform)
     [[ ${LAUNCH_SPOT:-no} == no ]] || options+=(--spot)
     [[ -z ${LAUNCH_SERVICE_ACCOUNT-} ]] || options+=(--service-account="$LAUNCH_SERVICE_ACCOUNT")
     if [[ -z $dry_run ]] && ended >/dev/null 2>&1; then

@@ -17,7 +17,7 @@ tpu_vm=(gcloud compute tpus tpu-vm)
 case $1 in
   create)
     require LAUNCH_ACCELERATOR_TYPE LAUNCH_RUNTIME_VERSION
-    options=(--accelerator-type="$LAUNCH_ACCELERATOR_TYPE" --version="$LAUNCH_RUNTIME_VERSION" --scopes=cloud-platform)
+    options=(--accelerator-type="$LAUNCH_ACCELERATOR_TYPE" --version="$LAUNCH_RUNTIME_VERSION" --scopes=https://www.googleapis.com/auth/cloud-platform)
     [[ ${LAUNCH_SPOT:-no} == no ]] || options+=(--spot)
     [[ -z ${LAUNCH_SERVICE_ACCOUNT-} ]] || options+=(--service-account="$LAUNCH_SERVICE_ACCOUNT")
     run "${tpu_vm[@]}" create "$LAUNCH_NAME" "${place[@]}" "${options[@]}"
