@@ -109,8 +109,8 @@ def line(standing: Standing, plain: bool = False) -> Text:
 
 def lasting(standing: Standing, wide: int, plain: bool = False) -> Text:
     """The line of a finished stage on a terminal so wide; where it is broken, between parts, it is indented."""
-    name = Text(f"{standing.stage:<{NAME - 1}} ", "bold")
-    return name + broken([*found(standing, plain), *speed(standing)], wide, len(name), NAME)
+    name = f"{standing.stage:<{NAME - 1}} "
+    return Text.assemble((name, "bold"), broken([*found(standing, plain), *speed(standing)], wide, len(name), NAME))
 
 
 def block(standing: Standing | None, name: str, doing: str, waited: float, wide: int, spinner: Spinner) -> Group:

@@ -26,6 +26,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -178,6 +179,8 @@ class Progress:
             print(json.dumps(_finite(line)), flush=True)
         except (OSError, ValueError) as error:
             self.json_log = False
+            with contextlib.suppress(OSError, ValueError):  # nor is the flush at the end to fail
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             self.say(f"note: stdout cannot be written ({error}); no more JSON lines")
 
     def _show(self) -> None:
