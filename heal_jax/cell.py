@@ -17,6 +17,7 @@ class Cell(io.StringIO):
     """A file that writes into the output of a notebook's cell. A stage's line takes the place of the one before."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.lines: list[str] = []
         self._shown: Any = None
 

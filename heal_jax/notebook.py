@@ -21,12 +21,15 @@ from PIL import Image
 from heal_jax.errors import InputError
 from heal_jax.gear import last_candidate
 from heal_jax.pace import SOLVED_RATE
+from heal_jax.report.colours import SCHEMES
 from heal_jax.report.data import RunData
-from heal_jax.report.figures import MODELS, levels
+from heal_jax.report.figures import COLOURS, MODELS, levels
 from heal_jax.report.view import Step, View, view
 
-ACCENT, STRONG, MIDDLE, FAINT, BAND = "#c2410c", "#1f2937", "#8b95a5", "#c9d0da", "#fdeee2"
-COLOURS = {"teacher": STRONG, "student_base": FAINT, "rejection_sampling": MIDDLE, "heal": ACCENT}
+LIGHT = SCHEMES["light"]
+ACCENT, STRONG, MIDDLE, FAINT = (LIGHT[name] for name in ("accent", "strong", "middle", "faint"))
+MARK, BAND = "#c2410c", "#fdeee2"  # what to look at in a rollout, whose shades are blue
+STUDENTS = {name: LIGHT[colour.removeprefix("$")] for name, colour in COLOURS.items()}
 STRATA = {"unsolved": ACCENT, "hard": MIDDLE, "solved": FAINT}
 WIDE = 62  # columns of a rollout's text; longer lines are broken
 MOST = 120  # lines of a rollout that are drawn
@@ -130,7 +133,7 @@ class _Sheet:
     def hint(self, shown: View) -> None:
         name = "hint, for the teacher alone" if shown.row["kind"] == "repair" else "what the teacher saw"
         for line in _broken(f"{name}: {' '.join(shown.hint.split())}", self.bars - 6):
-            self.text(4, line, ACCENT, style="italic")
+            self.text(4, line, MARK, style="italic")
             self.y += 1
 
     def step(self, step: Step, note: str = "", band: bool = False) -> bool:
@@ -145,8 +148,8 @@ class _Sheet:
         self.text(0, f"{step.number:>2}", MIDDLE)
         if step.entropy is not None:
             length = self.WIDTH * step.entropy / self.longest
-            self.box(self.bars, self.y + 0.15, length, 0.7, ACCENT if note else "#5b7fd6")
-            self.text(self.bars + length + 0.6, f"{step.entropy:.2f} {note}".rstrip(), ACCENT if note else STRONG)
+            self.box(self.bars, self.y + 0.15, length, 0.7, MARK if note else ACCENT)
+            self.text(self.bars + length + 0.6, f"{step.entropy:.2f} {note}".rstrip(), MARK if note else STRONG)
         elif step.kept:
             self.text(self.bars, "kept", MIDDLE)
         if step.scored is not None and self.scored:
@@ -165,12 +168,12 @@ class _Sheet:
 
     def ratio(self, ratio: float) -> None:
         bad = ratio > self.threshold
-        self.text(self.columns - 9, f"{ratio:6.2f}", ACCENT if bad else STRONG, weight="bold" if bad else "normal")
+        self.text(self.columns - 9, f"{ratio:6.2f}", MARK if bad else STRONG, weight="bold" if bad else "normal")
 
     def rule(self, text: str) -> None:
         y, end = self.y + 0.5, self.bars - 2
-        self.artists.append(lambda axes: axes.plot([0, end - len(text) - 1], [y, y], color=ACCENT, lw=1, ls="--"))
-        self.text(end - len(text), text, ACCENT)
+        self.artists.append(lambda axes: axes.plot([0, end - len(text) - 1], [y, y], color=MARK, lw=1, ls="--"))
+        self.text(end - len(text), text, MARK)
         self.y += 1
 
     def text(self, x: float, text: str, colour: str, **style: Any) -> None:
@@ -304,7 +307,7 @@ def losses(run: RunData) -> Picture:
     for model in ("rejection_sampling", "heal"):
         events = [e for e in run.training if e["model"] == model and e.get("loss") is not None]
         if events:
-            axes.plot([e["step"] for e in events], [e["loss"] for e in events], color=COLOURS[model], lw=1.6,
+            axes.plot([e["step"] for e in events], [e["loss"] for e in events], color=STUDENTS[model], lw=1.6,
                       label=MODELS[model])  # fmt: skip
     heal = [e for e in run.training if e["model"] == "heal"]
     for i, event in enumerate(heal):
@@ -332,7 +335,7 @@ def accuracies(run: RunData) -> Picture:
         spread = [[m - 100 * g["ci95"][0] for m, (_, g) in zip(means, shown)],
                   [100 * g["ci95"][1] - m for m, (_, g) in zip(means, shown)]]  # fmt: skip
         at = [x + (i - (len(models) - 1) / 2) * 0.2 for x, _ in shown]
-        axes.bar(at, means, 0.18, color=COLOURS[model], label=MODELS[model])
+        axes.bar(at, means, 0.18, color=STUDENTS[model], label=MODELS[model])
         axes.errorbar(at, means, spread, fmt="none", ecolor=STRONG, elinewidth=1)
     axes.set_xticks(range(len(names) + 1), ["all", *(name or "no level" for name in names)], parse_math=False)
     axes.set(ylabel="accuracy, %", ylim=(0, 100))

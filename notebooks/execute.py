@@ -30,7 +30,9 @@ def execute(notebook: NotebookNode, folder: Path, parameters: str = "", check: s
         notebook.cells.insert(after + 1, nbformat.v4.new_code_cell(parameters))
     if check:
         notebook.cells.append(nbformat.v4.new_code_cell(check))
-    client = NotebookClient(notebook, timeout=3600, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
+    client = NotebookClient(
+        notebook, timeout=3600, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
+    )
     client.record_timing = False
     client.execute()
 

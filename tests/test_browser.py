@@ -179,7 +179,9 @@ class Opened:
         assert self.page.evaluate("[typeof ran, broken]") == ["undefined", []]
         texts = "document.querySelectorAll('#browser script, #browser iframe, #browser img, #browser style').length"
         assert self.page.evaluate(texts) == 0
-        assert not REORDERING.search(self.page.evaluate("[...document.querySelectorAll('header, main')].map((e) => e.textContent).join()"))
+        assert not REORDERING.search(
+            self.page.evaluate("[...document.querySelectorAll('header, main')].map((e) => e.textContent).join()")
+        )
 
     def count(self) -> int:
         return int(self.page.locator(".count").inner_text().split(" ")[0].replace(",", ""))
