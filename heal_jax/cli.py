@@ -37,7 +37,7 @@ besides:
 {chr(10).join(f"    heal {name} {usage}{chr(10)}        {text}" for name, (_, usage, text) in OTHERS.items())}
 
 --quiet: no progress, only errors. --json-log: progress as JSON lines on stdout.
-Several processes do one run together: HEAL_COORDINATOR, HEAL_PROCESSES and HEAL_PROCESS_ID (README, "Meshes").
+Several processes do one run together: HEAL_COORDINATOR, HEAL_PROCESSES and HEAL_PROCESS_ID (README, "On a pod").
 
 heal COMMAND --help explains every field; any config field can be set on the command line (--sample.n 8)."""
 
