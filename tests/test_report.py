@@ -487,6 +487,8 @@ def test_half_finished_runs_have_a_page(plain, tmp_path, missing):
         directory = store.RunDirectory(root)
         directory.manifest["models"]["teacher"]["path"] = str(tmp_path / "gone")
         directory.update()
+        assert load(root).tokenizer  # the config has the built-in one, which is here
+        store.write_text(root / "config.yaml", "teacher: {path: models/mine}")
     elif path.is_dir():
         shutil.rmtree(path)
     else:

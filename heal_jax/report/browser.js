@@ -177,7 +177,8 @@ function start(index) {
     const i = numbered.get(id);
     if (i === undefined) detail.missing(id);
     else select(i);
-    if (landed) place.closest("section").scrollIntoView();
+    const box = place.getBoundingClientRect(); // links from other sections lead here, too
+    if (landed || box.bottom < 0 || box.top > innerHeight) place.closest("section").scrollIntoView();
   }
 
   form.addEventListener("submit", (event) => event.preventDefault());

@@ -16,6 +16,7 @@ from heal_jax.errors import InputError
 from heal_jax.model.tokenizer import Tokenizer
 from heal_jax.report.forms import DEV, SUMMARY, TRAIN, WORK, fits
 from heal_jax.store import DECISIONS, EVALUATION, PROBLEMS, ROLLOUTS, RunDirectory, read_json, read_table
+from heal_jax.world import model_folder
 
 KINDS = ("base", "hindsight", "repair")
 
@@ -96,10 +97,11 @@ def load(root: Path) -> RunData:
     decisions = read(root / "decisions.parquet", read_table, DECISIONS.empty_table()).to_pylist()
     shards = sorted((root / "evaluation").glob("*.parquet"))
     summary = read(root / "summary.json", _summary, {})
+    config = read(root / "config.yaml", load_config, None)
     training, dev = read(root / "metrics.jsonl", _training, ([], []))
     return RunData(
         root=root,
-        config=read(root / "config.yaml", load_config, None),
+        config=config,
         manifest=directory.manifest,
         problems={problem["id"]: problem for problem in problems},
         rollouts=pa.concat_tables([rollouts(kind) for kind in KINDS]),
@@ -110,7 +112,7 @@ def load(root: Path) -> RunData:
         training=training,
         dev=dev,
         summary=summary,
-        tokenizer=_tokenizer(directory.manifest, notes),
+        tokenizer=_tokenizer(directory.manifest, config.teacher.path if config else "", notes),
         notes=notes,
     )
 
@@ -150,11 +152,14 @@ def _training(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     return [steps[key] for key in sorted(steps)], [dev[key] for key in sorted(dev)]
 
 
-def _tokenizer(manifest: dict[str, Any], notes: list[str]) -> Tokenizer | None:
-    """The teacher's tokenizer, where its folder can still be opened."""
+def _tokenizer(manifest: dict[str, Any], path: str, notes: list[str]) -> Tokenizer | None:
+    """The teacher's tokenizer, where its folder can still be opened. `path`: the teacher as the config has it; a
+    built-in one is here, too, when the run comes from another machine."""
     try:
         teacher = manifest["models"]["teacher"]
-        return Tokenizer(teacher["path"], teacher["vocab_size"])
+        kind, _, name = path.partition(":")
+        moved = kind == "builtin" and not Path(teacher["path"]).is_dir()
+        return Tokenizer(model_folder(name) if moved else teacher["path"], teacher["vocab_size"])
     except (KeyError, TypeError):
         notes.append("The manifest names no teacher yet: rollouts are shown as plain text, without entropies.")
     except InputError as error:

@@ -129,8 +129,8 @@ def _bars(found: Sequence[float], limit: float, top: float) -> Html:
     each = -(-len(found) // MOST_BARS) or 1
     groups = [max(found[i : i + each]) for i in range(0, len(found), each)]
     bars = [
-        tag("i", class_="over" if ratio > limit else "under", style=f"height:{100 * min(ratio, top) / top:.0f}%")
+        tag("i", class_="high" if ratio > limit else None, style=f"height:{100 * min(ratio, top) / top:.0f}%")
         for ratio in groups
     ]
     text = ", ".join(number(ratio, 2) for ratio in groups)
-    return tag("span", bars, class_="bars", role="img", aria_label=f"ratios: {text}", title=text)
+    return tag("span", bars, class_="ratios", role="img", aria_label=f"ratios: {text}", title=text)
