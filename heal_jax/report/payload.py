@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 from heal_jax.gear import last_candidate
 from heal_jax.report.data import KINDS, RunData
 from heal_jax.report.repairs import choose
-from heal_jax.report.view import END, Token, View, view
+from heal_jax.report.view import END, View, view
 
 BUDGET = 18 << 20  # bytes of blocks, in base64: with Plotly and the index the page stays under 25 MB
 ROWS = 50_000  # rollouts that are listed at most
@@ -204,7 +204,7 @@ def _blocks(run: RunData, rows: Sequence[int], quantum: float, budget: int) -> t
 
 def _batches(run: RunData, rows: Sequence[int]) -> Iterator[list[tuple[View, int]]]:
     """Rollouts, each with how many of its first tokens are its parent's and need not be repeated."""
-    table = run.rollouts.select(COLUMNS)
+    table = run.rollouts.select(COLUMNS).combine_chunks()
     parents: dict[str, View] = {}
     problem, size = None, 0
     batch: list[tuple[View, int]] = []
@@ -231,7 +231,7 @@ def _shared(repair: View, parent: View | None) -> int:
     if parent is None or not repair.shaded or not parent.shaded:
         return 0
     same = repair.row["tokens"][:kept] == parent.row["tokens"][:kept]
-    same &= [t.text for t in repair.tokens[:kept]] == [t.text for t in parent.tokens[:kept]]
+    same &= repair.texts[:kept] == parent.texts[:kept]
     return kept if same else 0
 
 
@@ -242,15 +242,15 @@ def _block(views: Sequence[tuple[View, int]], quantum: float) -> bytes:
     head: dict[str, list[Any]] = {name: [] for name in
         ("text", "pieces", "shared", "kept", "kept_tokens", "ended", "shaded", "starts", "end", "h", "ppl", "expected", "answer", "hint",
          "finish")}  # fmt: skip
-    entropies: list[float] = []
+    entropies: list[float | None] = []
     lengths: list[int] = []
     for found, shared in views:
-        pieces: Sequence[Token] = found.tokens[shared:]
-        ended = bool(found.shaded and pieces and pieces[-1].text == END)
-        texts = ["" if ended and i == len(pieces) - 1 else piece.text for i, piece in enumerate(pieces)]
+        texts = list(found.texts[shared:])
+        ended = bool(found.shaded and texts and texts[-1] == END)
+        texts[-1:] = [""] if ended else texts[-1:]
         starts = [0]
         for step in found.steps:
-            starts.append(starts[-1] + len(step.tokens))
+            starts.append(starts[-1] + len(step.texts))
         head["text"].append("".join(texts))
         head["pieces"].append(len(texts))
         head["shared"].append(shared)
@@ -259,7 +259,7 @@ def _block(views: Sequence[tuple[View, int]], quantum: float) -> bytes:
         head["ended"].append(int(ended))
         head["shaded"].append(int(found.shaded))
         head["starts"].append(starts[:-1])
-        head["end"].append(starts[-1])
+        head["end"].append(found.after)
         head["h"].append([_number(step.entropy) for step in found.steps])
         scored = [step.scored for step in found.steps]
         head["ppl"].append([_number(s and s.ppl) for s in scored] if any(scored) else [])
@@ -267,7 +267,7 @@ def _block(views: Sequence[tuple[View, int]], quantum: float) -> bytes:
         head["answer"].append([_number(found.answer.ppl), _number(found.answer.expected)] if found.answer else None)
         head["hint"].append(hints.setdefault(found.hint, len(hints)))
         head["finish"].append(found.row["finish"])
-        entropies += [math.nan if piece.entropy is None else piece.entropy for piece in pieces]
+        entropies += found.entropies[shared:]
         lengths += map(len, texts)
     data = _json({"hints": list(hints), **head})
     codes = np.full(len(entropies), NO_ENTROPY, np.int64)
@@ -295,7 +295,7 @@ def _json(value: Any) -> bytes:
 
 
 def _packed(data: bytes) -> str:
-    return base64.b64encode(zlib.compress(data, 9)).decode()
+    return base64.b64encode(zlib.compress(data, 6)).decode()
 
 
 def elements(parts: Iterable[str], name: str) -> str:

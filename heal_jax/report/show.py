@@ -87,8 +87,8 @@ def _rollout(run: RunData, shown: View, console: Console) -> None:
     else:
         left = [x for s in failed.steps[len(kept) :] for x in _step(s, top, highest, run, failed, shown)]
         _print_both(console, legend, left, rest)
-    if shown.after:
-        _part(console, "after the thinking part", Text(clean("".join(token.text for token in shown.after))))
+    if after := "".join(shown.texts[shown.after :]).strip():
+        _part(console, "after the thinking part", Text(clean(after)))
     _verdict(run, row, problem, shown, console)
 
 

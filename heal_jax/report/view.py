@@ -33,19 +33,28 @@ class Scored:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """entropy: mean over its tokens, None for kept steps. kept: copied from the parent. scored: as PURE saw it."""
+    """texts, entropies: of its tokens. entropy: their mean, None for kept steps. kept: copied from the parent. scored: as
+    PURE saw it.
+    """
 
     number: int
-    tokens: tuple[Token, ...]
+    texts: Sequence[str]
+    entropies: Sequence[float | None]
     entropy: float | None
     kept: bool
     scored: Scored | None = None
 
+    @property
+    def tokens(self) -> list[Token]:
+        return [Token(text, entropy) for text, entropy in zip(self.texts, self.entropies)]
+
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """answer: the figures of the answer, PURE's last step. hint: what the teacher saw and the student will not. after:
-    what follows a thinking part, which is of no step.
+    """answer: the figures of the answer, PURE's last step. hint: what the teacher saw and the student will not.
+
+    texts, entropies: of all tokens; where the texts of single tokens are not known, of the steps, without entropies.
+    after: the first of them that follow a thinking part and are of no step.
     """
 
     row: dict[str, Any]
@@ -54,12 +63,9 @@ class View:
     answer: Scored | None
     hint: str
     shaded: bool  # whether the text of each token is known
-    after: tuple[Token, ...] = ()
-
-    @property
-    def tokens(self) -> tuple[Token, ...]:
-        """All tokens of the rollout; where their texts are not known, the texts of its steps."""
-        return (*(token for step in self.steps for token in step.tokens), *self.after)
+    texts: Sequence[str]
+    entropies: Sequence[float | None]
+    after: int
 
     @property
     def kept_steps(self) -> int:
@@ -69,54 +75,57 @@ class View:
 def view(run: RunData, row: dict[str, Any]) -> View:
     """Put the columns of a rollout together."""
     kept = row["kept_tokens"] or 0
-    tokens, shaded = _tokens(row, run.tokenizer)
+    recorded = _entropies(row)
+    found = _texts(row, run.tokenizer)
     starts = row["step_starts"] or [0]
-    last = max(starts[-1], _thinking_end(row, tokens, run.settings)) if shaded else len(row["tokens"])
-    bounds = list(zip(starts, [*starts[1:], last], strict=True))
-    # The opening of a thinking part is of no step: it is shown before the first.
-    texts = (
-        [tokens[start if i else 0 : end] for i, (start, end) in enumerate(bounds)]
-        if shaded
-        else _plain_steps(row["text"] or "", len(starts))
-    )
-    entropies = _entropies(row)
-    figures, answer = _scores(row, ["".join(t.text for t in text) for text in texts], kept, run.settings)
+    last = len(row["tokens"]) if found is None else max(starts[-1], _thinking_end(row, found, run.settings))
+    bounds = list(zip(starts, [*starts[1:], last]))
+    if found is not None:
+        # The opening of a thinking part is of no step: it is shown before the first.
+        places = [(start if i else 0, end) for i, (start, end) in enumerate(bounds)]
+        texts, entropies, after = found, recorded, last
+    else:
+        texts = _plain_steps(row["text"] or "", len(starts))
+        places = [(i, i + 1) for i in range(len(bounds))]
+        entropies, after = [None] * len(texts), len(texts)
+    parts = ["".join(texts[start:end]) for start, end in places]
+    figures, answer = _scores(row, parts, kept, run.settings)
     steps = tuple(
         Step(
             number=i,
-            tokens=tuple(texts[i]) if i < len(texts) else (),
-            entropy=_mean(entropies[start:end]),
+            texts=texts[first:behind],
+            entropies=entropies[first:behind],
+            entropy=_mean(recorded[start:end]),
             kept=start < kept,
             scored=figures.get(i),
         )
-        for i, (start, end) in enumerate(bounds)
+        for i, ((start, end), (first, behind)) in enumerate(zip(bounds, places))
     )
-    after = tuple(tokens[last:]) if shaded else ()
-    return View(row, run.question(row), steps, answer, _hint(run, row, shaded), shaded, after)
+    shaded = found is not None
+    return View(row, run.question(row), steps, answer, _hint(run, row, shaded), shaded, texts, entropies, after)
 
 
-def _thinking_end(row: dict[str, Any], tokens: Sequence[Token], config: Config) -> int:
+def _thinking_end(row: dict[str, Any], texts: Sequence[str], config: Config) -> int:
     """Tokens up to where the thinking part ends; all where the config knows none."""
     if not config.grade.think_end:
-        return len(tokens)
+        return len(texts)
     spans, start = [], 0
-    for text, _ in tokens:
+    for text in texts:
         text = "" if text == END else text
         spans.append((text, start))
         start += len(text)
-    return thinking_part(spans, len(row["tokens"]), config.grade)[1] or len(tokens)
+    return thinking_part(spans, len(row["tokens"]), config.grade)[1] or len(texts)
 
 
-def _tokens(row: dict[str, Any], tokenizer: Tokenizer | None) -> tuple[list[Token], bool]:
-    """The text and entropy of each token, and whether they are known: the folder may hold another tokenizer by now."""
+def _texts(row: dict[str, Any], tokenizer: Tokenizer | None) -> list[str] | None:
+    """The text of each token; None where they are not known: the folder may hold another tokenizer by now."""
     try:
         texts = [text for text, _ in tokenizer.spans(row["tokens"])] if tokenizer else []
     except IndexError:
-        return [], False
+        return None
     if tokenizer is None or "".join(texts) != row["text"]:
-        return [], False
-    texts += [END] * (len(row["tokens"]) - len(texts))
-    return [Token(text, entropy) for text, entropy in zip(texts, _entropies(row), strict=True)], True
+        return None
+    return texts + [END] * (len(row["tokens"]) - len(texts))
 
 
 def _entropies(row: dict[str, Any]) -> list[float | None]:
@@ -124,7 +133,7 @@ def _entropies(row: dict[str, Any]) -> list[float | None]:
     return [None] * (len(row["tokens"]) - len(row["entropy"])) + row["entropy"]
 
 
-def _plain_steps(text: str, count: int) -> list[list[Token]]:
+def _plain_steps(text: str, count: int) -> list[str]:
     """Steps of a text without its tokens; all of it in the first where splitting it finds another number of steps."""
     parts: list[str] = []
     for part in re.findall(r".+?(?:\n{2,}|\Z)", text, re.DOTALL):
@@ -132,7 +141,7 @@ def _plain_steps(text: str, count: int) -> list[list[Token]]:
             parts[-1] += part
         else:
             parts.append(part)
-    return [[Token(part, None)] for part in (parts if len(parts) == count else [text])]
+    return parts if len(parts) == count else [text]
 
 
 def _hint(run: RunData, row: dict[str, Any], decodable: bool) -> str:
