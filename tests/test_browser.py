@@ -8,6 +8,7 @@ import shutil
 import time
 from collections import Counter
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +23,7 @@ from heal_jax.model.tokenizer import Tokenizer as Ours
 from heal_jax.report import page as report
 from heal_jax.report import payload
 from heal_jax.report.data import load
+from heal_jax.report.ran import reproduce
 from heal_jax.report.terminal import clean
 
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
@@ -433,3 +435,37 @@ def test_order_puts_repairs_and_their_failures_first(root):
     assert first == repairs + len(parents) and sorted(order) == list(range(run.rollouts.num_rows))
     assert all(kind == "repair" or name in parents
                for kind, name in zip(table["kind"].to_pylist(), table["rollout_id"].to_pylist()))  # fmt: skip
+
+
+def test_the_other_sections(opened, root):
+    tab = opened()
+    page = tab.page
+    for plot in page.locator(".plot").all():
+        plot.scroll_into_view_if_needed()
+    drawn = "() => [...document.querySelectorAll('.plot')].every((plot) => plot.querySelector('.main-svg'))"
+    tab.until(drawn)
+    colour = "() => getComputedStyle(document.querySelector('.plot .xtick text')).fill"
+    light = page.evaluate(colour)
+    page.emulate_media(color_scheme="dark")
+    tab.until("light => getComputedStyle(document.querySelector('.plot .xtick text')).fill !== light", light)
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.locator(".copied button").click()
+    tab.until("() => document.querySelector('.copied button').textContent === 'Copied'")
+    assert page.evaluate("navigator.clipboard.readText()") == reproduce(load(root))
+    link = page.locator("#pure a.id").first
+    rollout_id = unquote(link.get_attribute("href").removeprefix("#rollout="))
+    assert rollout_id in {row["rollout_id"] for row in stored(root)}
+    link.click()
+    tab.titled(plain(rollout_id))
+    tab.until("() => Math.abs(document.querySelector('#repairs').getBoundingClientRect().top) < innerHeight")
+
+
+def test_the_contents_by_keyboard(opened):
+    page = opened().page
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.getBoundingClientRect().left") >= 0  # seen where it has the focus
+    page.keyboard.press("Enter")
+    assert page.evaluate("location.hash") == "#accuracy"
+    page.reload()
+    names = page.evaluate("[...document.querySelectorAll('nav a')].map((a) => a.textContent)")
+    assert names == page.evaluate("[...document.querySelectorAll('h2')].map((h) => h.textContent)") and len(names) == 6

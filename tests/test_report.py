@@ -386,12 +386,13 @@ def test_figures_are_usable_elsewhere(plain):
 
 def test_the_commands_make_the_run_again(hostile, tmp_path):
     root = shutil.copytree(hostile, tmp_path / "run")
-    text = "a\nEND_OF_CONFIG\n$(touch made) `touch made`; 'touch made'\n"
+    text = "a\nEND_OF_CONFIG\n$(touch made) `touch made`; 'touch made'\n\u202e\u05d0\x1b[2J"
     settings = config.Config(gear=config.GearSpec(hint="{answer} " + text), seed=3)
     store.write_text(root / "config.yaml", config.dump(settings))
     directory = store.RunDirectory(root)
     directory.update(versions={"jax": "1; touch made", "$(touch made)": "2"}, device={"kind": "cpu"}, threads=2)
     commands = reproduce(load(root))
+    assert re.fullmatch("[ -~\n]+", commands)
     assert commands.startswith("pip install . 'jax==1; touch made' '$(touch made)==2'\n")
     for name in ("pip", "heal"):
         (tmp_path / name).write_text(f'#!/bin/sh\necho "{name} $NPROC $#" >> said\n')

@@ -4,10 +4,11 @@ import re
 import shlex
 from collections.abc import Iterable
 
-from heal_jax.config import dump
+import yaml
+
 from heal_jax.report.data import RunData
 from heal_jax.report.markup import Html, join, table, tag, todo
-from heal_jax.strict import flatten
+from heal_jax.strict import flatten, to_dict
 
 OWN_PLACE = (
     "stages",
@@ -67,16 +68,17 @@ def _fact(value: object) -> Html:
 
 
 def reproduce(run: RunData) -> str:
-    """The commands that make this run anew, for a shell; whatever the run directory says, it is quoted."""
+    """The commands that make this run anew, for a shell: ASCII that hides nothing, and whatever the run directory says
+    is quoted."""
     manifest = run.manifest
     versions = manifest.get("versions") if isinstance(manifest.get("versions"), dict) else {}
-    pins = [shlex.quote(f"{name}=={version}") for name, version in (versions or {}).items()]
+    pins = [f"{name}=={version}".encode("unicode_escape").decode() for name, version in (versions or {}).items()]
     device, threads = manifest.get("device"), manifest.get("threads")
     cpu = isinstance(device, dict) and device.get("kind") == "cpu" and isinstance(threads, int)
     lines = [
-        " ".join(["pip install .", *pins]),
+        " ".join(["pip install .", *map(shlex.quote, pins)]),
         "cat > config.yaml <<'END_OF_CONFIG'",
-        dump(run.config or run.settings).rstrip("\n"),
+        yaml.safe_dump(to_dict(run.settings), sort_keys=False).rstrip("\n"),
         "END_OF_CONFIG",
         f"{f'NPROC={threads} ' if cpu else ''}heal run config.yaml --out runs/again",
     ]
