@@ -652,7 +652,7 @@ def test_image_installs(tmp_path):
         for name, words in build
         if name == "RUN"
     ]
-    assert len(steps) == 2
+    assert steps
     for step in steps:
         ran = subprocess.run(
             ["sh", "-euc", step], env={**environment, "PATH": path}, capture_output=True, text=True, timeout=300
