@@ -52,7 +52,7 @@ def found(standing: Standing, plain: bool = False) -> list[Text]:
         if name == "grades":
             total = max(1, sum(value.values()))
             shares = [(grade, value.get(grade, 0) / total) for grade in GRADES]
-            out += [Text(f"{share:.0%} {g}", GRADES[g]) for g, share in shares if share or g == "correct"]
+            out += [Text(f"{_share(share)} {g}", GRADES[g]) for g, share in shares if share or g == "correct"]
         elif name == "pass_rates":
             out.append(Text(f"pass rate 0|{bars(value, plain)}|1"))
         elif name == "strata":
@@ -82,6 +82,10 @@ def found(standing: Standing, plain: bool = False) -> list[Text]:
         else:
             out.append(Text(str(value)))
     return out
+
+
+def _share(share: float) -> str:
+    return "<1%" if 0 < share < 0.005 else f"{share:.0%}"
 
 
 def speed(standing: Standing, waited: float = 0.0) -> list[Text]:

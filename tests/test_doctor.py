@@ -14,7 +14,7 @@ from rich.console import Console
 from heal_jax import cache, doctor, machine
 from heal_jax.cli import run as heal
 from heal_jax.config import Config, load
-from heal_jax.doctor import OK, PROBLEM, WARNING
+from heal_jax.doctor import OK, PROBLEM, WARNING, asked, host
 from heal_jax.world import model_folder
 
 CPU = {"platform": "cpu", "kind": "cpu", "count": 1, "processes": 1, "memory": 0, "used": 0}
@@ -94,10 +94,10 @@ def test_think_tags(tmp_path):
     from heal_jax.model.lm import open_tokenizer
 
     teacher = open_tokenizer(thinking_teacher(tmp_path / "teacher", opens=True))
-    (forgotten,) = [f for f in doctor.of_tokenizer(Config(), "teacher", teacher) if "think" in f.text]
+    (forgotten,) = [f for f in asked.of_tokenizer(Config(), "teacher", teacher) if "think" in f.text]
     assert "grade.think_end is empty" in forgotten.text
     twice = Config(grade=GradeSpec(think_end="</think>", think_open="<think>\n"))
-    (opened,) = [f for f in doctor.of_tokenizer(twice, "teacher", teacher) if f.level == PROBLEM]
+    (opened,) = [f for f in asked.of_tokenizer(twice, "teacher", teacher) if f.level == PROBLEM]
     assert "opens the thinking part" in opened.text
 
 
@@ -109,13 +109,13 @@ def test_a_tokenizer_without_a_template(tmp_path):
     del settings["chat_template"]
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     (folder / "chat_template.jinja").unlink(missing_ok=True)
-    found = list(doctor.of_tokenizer(Config(), "teacher", open_tokenizer(folder)))
+    found = list(asked.of_tokenizer(Config(), "teacher", open_tokenizer(folder)))
     assert any(f.level == WARNING and "no chat template" in f.text for f in found)
 
 
 def test_versions_out_of_bounds(monkeypatch):
-    monkeypatch.setattr(doctor, "_asked_for", lambda: ["numpy>=99", "no-such-package>=1", "rich>=1", "x; extra == 'y'"])
-    (wrong,) = [f for f in doctor.packages() if f.level == PROBLEM]
+    monkeypatch.setattr(host, "_asked_for", lambda: ["numpy>=99", "no-such-package>=1", "rich>=1", "x; extra == 'y'"])
+    (wrong,) = [f for f in host.packages() if f.level == PROBLEM]
     assert "numpy" in wrong.text and "no-such-package missing" in wrong.text and "rich" not in wrong.text
 
 
@@ -137,28 +137,28 @@ def test_who_holds_the_tpu(tmp_path, monkeypatch):
         assert machine.locked(lock) == "held"
     assert machine.locked(lock) == ""
     monkeypatch.setattr(machine, "tpu_holders", lambda: [(7, "python train.py")])
-    first, found = doctor.of_devices("no devices", "tpu", "")
+    first, found = host.of_devices("no devices", "tpu", "")
     assert first.level == PROBLEM and "process 7: python train.py" in first.text and "JAX finds none" in found.text
 
 
 def test_an_accelerator_that_is_not_used(tmp_path):
     (tmp_path / "nvidia0").touch()
     assert machine.accelerators(tmp_path) == "gpu" and machine.accelerators(tmp_path / "x") == ""
-    (unused,) = doctor.of_devices(CPU, "gpu", "")
+    (unused,) = host.of_devices(CPU, "gpu", "")
     assert unused.level == WARNING and unused.advice == "pip install 'heal-jax[gpu]'"
-    (masked,) = doctor.of_devices(CPU, "gpu", "cpu")
+    (masked,) = host.of_devices(CPU, "gpu", "cpu")
     assert masked.advice == "unset JAX_PLATFORMS to use it"
-    (used,) = doctor.of_devices(CPU | {"platform": "gpu", "kind": "H100", "memory": 80 * 10**9, "count": 8}, "gpu", "")
+    (used,) = host.of_devices(CPU | {"platform": "gpu", "kind": "H100", "memory": 80 * 10**9, "count": 8}, "gpu", "")
     assert used.level == OK and used.text == "8 gpu devices (H100, 80.0 GB each)"
 
 
 def test_a_pod_host_that_is_alone():
-    (alone,) = doctor.of_processes({"TPU_WORKER_HOSTNAMES": "a,b,c,d"})
+    (alone,) = host.of_processes({"TPU_WORKER_HOSTNAMES": "a,b,c,d"})
     assert alone.level == PROBLEM and "HEAL_COORDINATOR=auto" in alone.advice
-    (joined,) = doctor.of_processes({"TPU_WORKER_HOSTNAMES": "a,b", "HEAL_COORDINATOR": "auto"})
+    (joined,) = host.of_processes({"TPU_WORKER_HOSTNAMES": "a,b", "HEAL_COORDINATOR": "auto"})
     assert joined.level == OK
     with pytest.raises(Exception, match="HEAL_PROCESSES is set"):
-        list(doctor.of_processes({"HEAL_PROCESSES": "2"}))
+        list(host.of_processes({"HEAL_PROCESSES": "2"}))
 
 
 def test_memory_of_a_container(tmp_path):
@@ -172,15 +172,15 @@ def test_memory_of_a_container(tmp_path):
 
 def test_a_cache_that_others_may_write(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert [f.level for f in doctor.compile_cache()] == [OK] and not list(tmp_path.iterdir())
+    assert [f.level for f in host.compile_cache()] == [OK] and not list(tmp_path.iterdir())
     cache.folder().mkdir(parents=True)
     cache.folder().chmod(0o777)
-    (open_to_all,) = doctor.compile_cache()
+    (open_to_all,) = host.compile_cache()
     assert open_to_all.level == WARNING and "others may write there" in open_to_all.text
 
 
 def test_a_check_that_fails_is_a_finding(monkeypatch):
-    monkeypatch.setattr(doctor, "packages", lambda: 1 / 0)
+    monkeypatch.setattr(host, "packages", lambda: 1 / 0)
     found = list(doctor.examine(None, Path("x")))
     assert "ZeroDivisionError" in found[0].text and found[-1].topic == "disk"
 

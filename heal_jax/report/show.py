@@ -15,12 +15,12 @@ from rich.text import Text
 from heal_jax.errors import InputError
 from heal_jax.gear import last_candidate
 from heal_jax.report.data import RunData, load
-from heal_jax.report.listing import Filters, rollouts
+from heal_jax.report.listing import COLOURS, Filters, rollouts
 from heal_jax.report.terminal import clean, say, visible
 from heal_jax.report.view import Scored, Step, View, view
 
 # Shades of token entropy, equally bright, so that a dark terminal and a light one have the same order.
-SHADES = ["", *(f"white on {shade}" for shade in ("#6f6a75", "#85607a", "#a0506e", "#bd3a5c", "#d81b45"))]
+SHADES = ["", *(f"#ffffff on {shade}" for shade in ("#6f6a75", "#85607a", "#a0506e", "#bd3a5c", "#d81b45"))]
 BAR = 10  # columns of a step's entropy
 EIGHTHS = " ▏▎▍▌▋▊▉█"
 WINDOW, SURGE = "│", "▶"  # beside the steps: where the breakpoint may lie, where it is
@@ -78,7 +78,7 @@ def _rollout(run: RunData, shown: View, console: Console) -> None:
         _part(console, title, Text(clean(shown.hint.rstrip("\n")), style="italic"))
     rest = [line for step in shown.steps if not step.kept for line in _step(step, top, highest, run, shown, None)]
     if shown.answer:
-        rest.append((0, Text(f"{'answer':>33}  {_figures(shown.answer)}", style="dim")))
+        rest.append((0, Text.assemble((f"{'answer':>{BAR + 21}}  ", "dim"), _figures(shown.answer, run))))
     legend = _legend(console, top, bool(entropies), failed or (shown if row["kind"] == "base" else None))
     if failed is None:
         _part(console, "continuation" if kept else "rollout", None)
@@ -112,18 +112,20 @@ def _facts(run: RunData, row: dict[str, Any], problem: dict[str, Any], parent: d
 
 def _verdict(run: RunData, row: dict[str, Any], problem: dict[str, Any], shown: View, console: Console) -> None:
     said = f"{row['grade']}, answer {row['answer'] or 'none'}, true answer {problem.get('answer', '?')}"
-    _part(console, "grade", Text(clean(said)))
+    _part(console, "grade", Text(clean(said), COLOURS.get(row["grade"], "")))
     if row["pure_score"] is not None:
         spec = run.settings.pure
         sign = "≤" if row["pure_score"] <= spec.threshold else ">"
         ratios = [scored.ratio for scored in (*(s.scored for s in shown.steps), shown.answer) if scored]
         worst = f", worst ratio {max(ratios):.3f}" if ratios else ""
-        _part(console, "PURE", Text(f"S {row['pure_score']:.3f} {sign} threshold {spec.threshold:g}{worst}"))
+        passed = "green" if row["pure_score"] <= spec.threshold else "red"
+        _part(console, "PURE", Text(f"S {row['pure_score']:.3f} {sign} threshold {spec.threshold:g}{worst}", passed))
     decision = run.decisions.get(row["rollout_id"])
     verdict = "not decided yet (heal curate)"
     if decision:
         verdict = f"kept, stage {decision['stage']}" if decision["kept"] else f"dropped: {decision['reason']}"
-    _part(console, "verdict", Text(clean(verdict)))
+    kept = decision is not None and decision["kept"]
+    _part(console, "verdict", Text(clean(verdict), "green" if kept else ""))
 
 
 def _part(console: Console, title: str, text: Text | None) -> None:
@@ -152,9 +154,10 @@ def _step(step: Step, top: float, highest: float, run: RunData, of: View | None,
     if repair is not None and repair.row["breakpoint_step"] == step.number:
         mark = SURGE
     entropy = f"{_bar(step.entropy, highest)}  entropy {step.entropy:.3f}" if step.entropy is not None else ""
-    figures = _figures(step.scored) if step.scored and repair is None else ""
-    head = Text.assemble((mark, "bold red" if mark == SURGE else "dim"), f"{step.number:>3}  ", style="dim")
-    head.append(f"{entropy:<{BAR + 15}}  {figures}".rstrip())
+    head = Text.assemble((mark, "bold red" if mark == SURGE else "dim"), (f"{step.number:>3}  ", "dim"))
+    head.append(f"{entropy:<{BAR + 15}}  ", style="dim")
+    if step.scored and repair is None:
+        head.append_text(_figures(step.scored, run))
     head.rstrip()
     text = Text()
     for token in step.tokens:
@@ -173,8 +176,11 @@ def _bar(entropy: float, highest: float) -> str:
     return ("█" * (eighths // 8) + (EIGHTHS[eighths % 8] if eighths % 8 else "")).ljust(BAR)
 
 
-def _figures(scored: Scored) -> str:
-    return f"PPL {scored.ppl:.3f}  expected {scored.expected:.3f}  ratio {scored.ratio:.3f}"
+def _figures(scored: Scored, run: RunData) -> Text:
+    """Of a step; the ratio stands out where a rollout of such steps alone would be dropped."""
+    above = scored.ratio > run.settings.pure.threshold
+    ratio = f"ratio {scored.ratio:.3f}", "bold red" if above else "dim"
+    return Text.assemble((f"PPL {scored.ppl:.3f}  expected {scored.expected:.3f}  ", "dim"), ratio)
 
 
 def _print(console: Console, lines: Sequence[Line]) -> None:
@@ -190,7 +196,8 @@ def _print_both(console: Console, legend: Text, failed: Sequence[Line], repaired
     if not console.is_terminal or console.width < BESIDE:
         for title, lines in (("the failed rollout, from the cut on", failed), ("continuation", repaired)):
             _part(console, title, None)
-            say(console, legend)
+            if lines is failed:
+                say(console, legend)
             _print(console, lines)
         return
     console.print()
