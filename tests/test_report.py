@@ -262,6 +262,7 @@ def test_figures_are_those_of_the_summary(plain):
     assert write_report(plain) == plain / "report.html"
     page = Page(plain / "report.html")
     assert "Still to come" not in page.text
+    assert "HEAL repaired 2 of these. On 80 held-out problems its student is right in 56.8 % of samples" in page.text
     assert "a difference of +11.1 points, 95 % interval −1.2 to +22.2." in page.text
     assert "does not show a difference" in page.text
     assert page.row("HEAL")[:3] == ["56.8 %52.7 to 60.7", "79.5 %69.5 to 89.5", "34.1 %24.1 to 44.1"]

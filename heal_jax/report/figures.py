@@ -242,6 +242,8 @@ def scores(run: RunData) -> Figure:
     """How the PURE scores of each kind of rollout are distributed: of right ones on both sides of the threshold, and,
     as a line, of unaided ones that are not right."""
     several, threshold = numbers.scores(run), run.settings.pure.threshold
+    if not several:
+        return _figure([], height=120)
     edges = numbers.score_bins(several, threshold)
     middles = [*((edges[:-1] + edges[1:]) / 2).tolist(), float(edges[-1] + (edges[1] - edges[0]) / 2)]
     hover = [f"{a:.3f} to {b:.3f}" for a, b in zip(edges[:-1], edges[1:], strict=True)] + [f"over {edges[-1]:.3f}"]

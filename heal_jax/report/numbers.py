@@ -119,9 +119,11 @@ def score_bins(several: Mapping[str, Scores], threshold: float, most: int = 80) 
     right = np.concatenate([one.right for one in several.values()])
     finite = values[np.isfinite(values)]
     low = min(threshold, finite.min(initial=threshold))
-    # A few repairs that jump to the answer are ten times as far out as all others.
-    typical = right[np.isfinite(right)]
-    high = max(float(np.quantile(typical, 0.98)) if len(typical) else threshold, threshold + (threshold - low))
+    # A few repairs that jump to the answer are ten times as far out as all others; what is to be seen is near the
+    # threshold.
+    typical, side = right[np.isfinite(right)], threshold - low
+    high = max(float(np.quantile(typical, 0.98)) if len(typical) else threshold, threshold + side)
+    high = min(high, threshold + 8 * side) if side > 0 else high
     rough = max((high - low) / most, 1e-6)
     width = next(w for e in itertools.count(math.floor(math.log10(rough))) for m in (1, 2, 5)
                  if (w := m * 10.0**e) >= rough)  # fmt: skip

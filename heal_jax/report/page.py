@@ -100,7 +100,9 @@ def in_short(run: RunData) -> str:
             f"leaves {number(strata['unsolved'])} unsolved (at most {most} of {n} tries right)."
         )
     if repair:
-        said.append(f"HEAL repaired {number(repair['repaired_problems'])} of the unsolved.")
+        repaired = repair["repaired_problems"]
+        every = strata and 0 < repaired == strata["unsolved"]
+        said.append(f"HEAL repaired {'all' if every else number(repaired)} of these.")
     if accuracy and "heal" in accuracy:
         heal, difference = accuracy["heal"], run.summary.get("difference")
         text = f"On {number(heal['n'])} held-out problems its student is right in {percent(heal['mean'])} of samples"
