@@ -17,8 +17,9 @@ PLAIN_TEXT = 2000  # characters of each
 def choose(run: RunData, count: int = 8) -> list[dict[str, Any]]:
     """Rows of repairs to show: half of them kept, half dropped; as few of one problem as can be.
 
-    Those that keep a prefix come first; of the kept, those whose failure's entropy rises most at the breakpoint. Of the dropped, those that PURE dropped come first, then those that talk about
-    the hint, then failures; what was dropped as one too many is last. Ties go by rollout_id.
+    Those that keep a prefix come first; of the kept, those whose failure's entropy rises most at the breakpoint. Of the
+    dropped, those that PURE dropped come first, then those that talk about the hint, then failures; what was dropped as
+    one too many is last. Ties go by rollout_id.
     """
     columns = ["rollout_id", "problem_id", "kept_tokens", "parent_id", "breakpoint_step"]
     repairs = run.rollouts.filter(pc.equal(run.rollouts["kind"], "repair")).select(columns).to_pylist()
