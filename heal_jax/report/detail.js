@@ -153,7 +153,7 @@ class Detail {
   }
 
   hint(one, title) {
-    return one.hint ? node("div.hint", {}, node("b", {}, title), node("div", { dir: "auto" }, visible(one.hint))) : null;
+    return one.hint ? node("div.hint", {}, node("b", {}, title), node("div", { dir: "auto" }, visible(one.hint.replace(/\n+$/, "")))) : null;
   }
 
   after(one, top) {

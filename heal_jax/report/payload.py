@@ -115,7 +115,7 @@ def _index(run: RunData, table: pa.Table, chosen: Sequence[str]) -> dict[str, An
         "problem": [number[name] for name in columns["problem_id"]],
         "parent": [where.get(name, -1) if name else -1 for name in columns["parent_id"]],
         "answer": columns["answer"],
-        "score": [_number(score) for score in columns["pure_score"]],
+        "score": [_number(score, 9) for score in columns["pure_score"]],  # as stored: it is compared
         "tokens": lengths,
         "entropy": [_number(value) for value in _means(table["entropy"])],
         "breakpoint": columns["breakpoint_step"],
@@ -239,9 +239,9 @@ def _block(views: Sequence[tuple[View, int]], quantum: float) -> bytes:
     """Pieces are tokens, or steps where the texts of single tokens are not known. starts: each step's first piece,
     those that are the parent's counted too; end: the first piece of no step."""
     hints: dict[str, int] = {}
-    head: dict[str, list[Any]] = {name: [] for name in
-        ("text", "pieces", "shared", "kept", "kept_tokens", "ended", "shaded", "starts", "end", "h", "ppl", "expected", "answer", "hint",
-         "finish")}  # fmt: skip
+    names = ("text", "pieces", "shared", "kept", "kept_tokens", "ended", "shaded", "starts", "end", "h", "ppl",
+             "expected", "answer", "hint", "finish")  # fmt: skip
+    head: dict[str, list[Any]] = {name: [] for name in names}
     entropies: list[float | None] = []
     lengths: list[int] = []
     for found, shared in views:
@@ -262,8 +262,8 @@ def _block(views: Sequence[tuple[View, int]], quantum: float) -> bytes:
         head["end"].append(found.after)
         head["h"].append([_number(step.entropy) for step in found.steps])
         scored = [step.scored for step in found.steps]
-        head["ppl"].append([_number(s and s.ppl) for s in scored] if any(scored) else [])
-        head["expected"].append([_number(s and s.expected) for s in scored] if any(scored) else [])
+        head["ppl"].append([_number(s.ppl if s else None) for s in scored] if any(scored) else [])
+        head["expected"].append([_number(s.expected if s else None) for s in scored] if any(scored) else [])
         head["answer"].append([_number(found.answer.ppl), _number(found.answer.expected)] if found.answer else None)
         head["hint"].append(hints.setdefault(found.hint, len(hints)))
         head["finish"].append(found.row["finish"])
@@ -283,11 +283,11 @@ def _planes(values: Any) -> bytes:
     return (numbers & 255).astype(np.uint8).tobytes() + (numbers >> 8).astype(np.uint8).tobytes()
 
 
-def _number(value: float | None) -> float | str | None:
-    """Five significant digits; what JavaScript's Number reads where it is infinite, None where it is no number."""
+def _number(value: float | None, digits: int = 5) -> float | str | None:
+    """So many significant digits; what JavaScript's Number reads where it is infinite, None where it is no number."""
     if value is None or math.isnan(value):
         return None
-    return float(f"{value:.5g}") if math.isfinite(value) else ("Infinity" if value > 0 else "-Infinity")
+    return float(f"{value:.{digits}g}") if math.isfinite(value) else ("Infinity" if value > 0 else "-Infinity")
 
 
 def _json(value: Any) -> bytes:

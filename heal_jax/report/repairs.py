@@ -1,9 +1,10 @@
 """Question 3 of the page: which rollouts to look at first, and what stands there without JavaScript."""
 
-import math
 from collections.abc import Iterable, Sequence
+from statistics import fmean
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from heal_jax.report.data import RunData
@@ -14,12 +15,13 @@ PLAIN_TEXT = 2000  # characters of each
 
 
 def choose(run: RunData, count: int = 8) -> list[dict[str, Any]]:
-    """Rows of repairs to show: half of them kept (lowest S first), half dropped; as few of one problem as can be.
+    """Rows of repairs to show: half of them kept, half dropped; as few of one problem as can be.
 
-    Those that keep a prefix come first. Of the dropped, those that PURE dropped come first, then those that talk about
-    the hint, then failures; what was dropped as one too many is last. Ties go by rollout_id.
+    Those that keep a prefix come first; of the kept, those whose failure's entropy rises most at the breakpoint. Of the
+    dropped, those that PURE dropped come first, then those that talk about the hint, then failures; what was dropped as
+    one too many is last. Ties go by rollout_id.
     """
-    columns = ["rollout_id", "problem_id", "kept_tokens", "pure_score"]
+    columns = ["rollout_id", "problem_id", "kept_tokens", "parent_id", "breakpoint_step"]
     repairs = run.rollouts.filter(pc.equal(run.rollouts["kind"], "repair")).select(columns).to_pylist()
     decided = [row for row in repairs if row["rollout_id"] in run.decisions]
     if not decided:  # before `curate`: as they come
@@ -28,9 +30,6 @@ def choose(run: RunData, count: int = 8) -> list[dict[str, Any]]:
             for item in _spread(sorted(repairs, key=_prefix_first))[:count]
             if (row := run.rollout(item["rollout_id"]))
         ]
-
-    def score(row: dict[str, Any]) -> float:
-        return math.inf if row["pure_score"] is None else row["pure_score"]
 
     def reason(row: dict[str, Any]) -> str:
         return run.decisions[row["rollout_id"]]["reason"] or ""
@@ -41,7 +40,8 @@ def choose(run: RunData, count: int = 8) -> list[dict[str, Any]]:
 
     kept = [row for row in decided if run.decisions[row["rollout_id"]]["kept"]]
     dropped = [row for row in decided if not run.decisions[row["rollout_id"]]["kept"]]
-    kept = _spread(sorted(kept, key=lambda row: (_prefix_first(row)[0], score(row), row["rollout_id"])))
+    rise = _rises(run, kept)
+    kept = _spread(sorted(kept, key=lambda row: (not row["kept_tokens"], -rise[row["rollout_id"]], row["rollout_id"])))
     dropped = _spread(sorted(dropped, key=lambda row: (rank(row), *_prefix_first(row))))
     half = max(count // 2, count - len(dropped)), max(count // 2, count - len(kept))
     pairs = [*kept[: half[0]], *dropped[: half[1]]][:count]
@@ -50,6 +50,20 @@ def choose(run: RunData, count: int = 8) -> list[dict[str, Any]]:
 
 def _prefix_first(row: dict[str, Any]) -> tuple[bool, str]:
     return not row["kept_tokens"], row["rollout_id"]
+
+
+def _rises(run: RunData, repairs: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """By repair, how much the step entropy of its failure rises at the breakpoint; 0 where there is none."""
+    wanted = pa.array([row["parent_id"] for row in repairs], pa.string())
+    found = run.rollouts.filter(pc.is_in(run.rollouts["rollout_id"], wanted))
+    parents = {row["rollout_id"]: row for row in found.select(["rollout_id", "entropy", "step_starts"]).to_pylist()}
+    rises = {}
+    for repair in repairs:
+        parent, at = parents.get(repair["parent_id"]), repair["breakpoint_step"] or 0
+        starts = [*parent["step_starts"], len(parent["entropy"])] if parent else []
+        steps = [parent["entropy"][a:b] for a, b in zip(starts, starts[1:])][at - 1 : at + 1] if parent and at else []
+        rises[repair["rollout_id"]] = fmean(steps[1]) - fmean(steps[0]) if len(steps) == 2 and all(steps) else 0.0
+    return rises
 
 
 def _spread(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -64,7 +78,8 @@ def _spread(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def without_script(run: RunData, examples: Iterable[str]) -> Html:
     """A table of the examples, and the texts of the first."""
-    rows, texts = [], []
+    rows: list[list[str]] = []
+    texts: list[Html] = []
     for rollout_id in examples:
         row = run.rollout(rollout_id)
         if row is None:

@@ -33,8 +33,8 @@ class Scored:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """texts, entropies: of its tokens. entropy: their mean, None for kept steps. kept: copied from the parent. scored: as
-    PURE saw it.
+    """texts, entropies: of its tokens. entropy: their mean, None for kept steps. kept: copied from the parent.
+    scored: as PURE saw it.
     """
 
     number: int
