@@ -70,7 +70,8 @@ def main() -> None:
 
 def run(argv: list[str]) -> int:
     """Do one command; the exit status."""
-    progress = Progress(quiet="--quiet" in argv, json_log="--json-log" in argv)
+    given = {argument.replace("_", "-") for argument in argv}  # as tyro reads them; errors in the others are said, too
+    progress = Progress(quiet="--quiet" in given, json_log="--json-log" in given)
     progress.start(shlex.join(["heal", *argv]))
     status, said = 1, "an error of heal itself"
     try:

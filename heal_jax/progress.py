@@ -68,6 +68,7 @@ class Progress:
         self._plain = not self.console.encoding.lower().startswith("utf")
         self._live: Live | None = None
         self._spinner = Spinner("line" if self._plain else "dots")
+        self._command = ""
         self._stage = self._doing = ""  # a stage of a run, and what it is at
         self._standing: Standing | None = None
         self._rate = _Rate(now())
@@ -93,7 +94,8 @@ class Progress:
         self.console.quiet, self.json_log = True, False
 
     def start(self, command: str) -> None:
-        self.log("start", version=__version__, command=command)
+        """The first event, which comes with the second: by then it is known which process of several speaks."""
+        self._command = command
 
     def end(self, status: int, error: str = "") -> None:
         """The command is over. error: why, where it ended badly; who calls prints it."""
@@ -174,6 +176,9 @@ class Progress:
         """A line for programs. One that cannot be written is the last, and ends nothing."""
         if not self.json_log:
             return
+        if self._command:
+            command, self._command = self._command, ""
+            self.log("start", version=__version__, command=command)
         line = {"event": event, "time": datetime.now(UTC).isoformat(timespec="milliseconds"), **values}
         try:
             print(json.dumps(_finite(line)), flush=True)

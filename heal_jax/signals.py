@@ -113,6 +113,8 @@ def _watch(read: int) -> None:
 def _end(number: int) -> None:
     said = f"heal: {name(number)} in the middle of work; what was finished is on disk, {GOES_ON}\n"
     with contextlib.suppress(OSError, ValueError):
+        if sys.stderr.isatty():
+            said = "\r\x1b[K\x1b[?25h" + said  # a live display hides the cursor
         os.write(sys.stderr.fileno(), said.encode())  # the main thread may hold the stream's own lock
     os._exit(128 + number)
 

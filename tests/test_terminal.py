@@ -166,6 +166,16 @@ with Progress(json_log=True) as progress:
     assert process.wait() == 0 and [line.split(":")[0] for line in said] == ["first", "note", *["again"] * 3]
 
 
+def test_one_process_of_several_speaks(capsys):
+    progress = Progress(json_log=True)
+    progress.start("heal run")
+    progress.mute()
+    progress.update("sample", 1, 1)
+    progress.say("note")
+    progress.end(1, "an error")
+    assert capsys.readouterr() == ("", "")
+
+
 def test_bars_in_ascii():
     assert display.bars([0, 1, 2, 8]) == " ▂▃█" and display.bars([0, 1, 2, 8], plain=True) == " 238"
 

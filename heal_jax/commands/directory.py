@@ -25,7 +25,8 @@ class ReportArguments:
 
 @dataclasses.dataclass(frozen=True)
 class ShowArguments:
-    """Print a rollout with its entropies, or list what there is."""
+    """Print a rollout with its entropies, or list what there is. Without a terminal there are no colours; FORCE_COLOR=1
+    keeps them, for `less -R`."""
 
     directory: tyro.conf.Positional[Path]
     """A run directory; also gs://BUCKET/PATH."""
