@@ -4,6 +4,7 @@ Needs nbclient and ipykernel: pip install '.[test]'. With the outputs goes the c
 """
 
 import hashlib
+import os
 import sys
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def execute(
         notebook, timeout=3600, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
     )
     client.record_timing = False
-    client.execute(env=environment)
+    client.execute(env=dict(os.environ) if environment is None else environment)
 
 
 def main(names: list[str]) -> None:
