@@ -3,13 +3,15 @@
 import io
 from typing import Any
 
+import absl.logging
 from rich.console import Console
 
 
 def cell_console(quiet: bool = False) -> Console | None:
-    """Where progress goes in a notebook: the cell's output. None elsewhere."""
+    """Where progress goes in a notebook, the cell's output, without warnings of libraries. None elsewhere."""
     if not Console().is_jupyter:
         return None
+    absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax warns where a disk is slow
     return Console(file=Cell(), force_jupyter=False, force_terminal=False, highlight=False, quiet=quiet)
 
 

@@ -4,6 +4,7 @@ Needs nbclient and ipykernel: pip install '.[test]'. With the outputs goes the c
 """
 
 import hashlib
+import os
 import sys
 from pathlib import Path
 
@@ -20,21 +21,21 @@ def code_sha256(notebook: NotebookNode) -> str:
     return hashlib.sha256("\0".join(sources).encode()).hexdigest()
 
 
-def execute(notebook: NotebookNode, folder: Path, parameters: str = "", check: str = "") -> None:
+def execute(
+    notebook: NotebookNode, folder: Path, parameters: str = "", environment: dict[str, str] | None = None
+) -> None:
     """Run every cell in `folder`, and fill in the outputs. Raises nbclient's CellExecutionError.
 
-    parameters: code to run after the cell tagged so (as papermill does); check: code to run at the end.
+    parameters: code to run after the cell tagged so, as papermill does. environment: of the kernel; None: this one's.
     """
     if parameters:
         after = next(i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", ()))
         notebook.cells.insert(after + 1, nbformat.v4.new_code_cell(parameters))
-    if check:
-        notebook.cells.append(nbformat.v4.new_code_cell(check))
     client = NotebookClient(
         notebook, timeout=3600, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
     )
     client.record_timing = False
-    client.execute()
+    client.execute(env=dict(os.environ) if environment is None else environment)
 
 
 def main(names: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""`heal_jax.load`, `logits`, `generate` and `save`, as a program uses them; what an import holds in memory."""
+"""heal_jax as a program uses it: models and configs (runs: test_notebooks.py); what an import holds in memory."""
 
 import filecmp
 import json
@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import ENVIRONMENT
+from conftest import ENVIRONMENT, TINY
 from models import entropy64, error, hf_logits
 from safetensors.numpy import load_file, save_file
 
 import heal_jax
+from heal_jax.config import load as load_config
 from heal_jax.errors import InputError, RunError
 
 QUESTION = "State the final answer to the following arithmetic problem: 4829110374 + 9938201847 + 7718829103 ="
@@ -143,6 +144,33 @@ def test_a_mesh_made_elsewhere(lm):
 def test_bad_arguments_are_one_line(lm, call, says):
     with pytest.raises(InputError) as raised:
         call(lm)
+    assert says in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_config_is_what_each_source_gives_over_the_ones_before(tmp_path):
+    assert heal_jax.configure(TINY) == load_config(TINY)
+    assert heal_jax.configure() == heal_jax.configure({})
+    file = tmp_path / "own.yaml"
+    file.write_text("seed: 3\nsample: {n: 5}\nproblems: {counts: {easy: 1, medium: 1, hard: 1}}\n")
+    nested = heal_jax.configure(file, {"sample": {"n": 7}, "train": {"lora": {"rank": 2}}})
+    by_path = heal_jax.configure(file, {"sample.n": 7, "train.lora.rank": 2})
+    assert nested == by_path and nested.sample.n == 7 and nested.seed == 3 and nested.train.lora.rank == 2
+    assert heal_jax.configure({"sample.n": 7}, file).sample.n == 5
+
+
+@pytest.mark.parametrize(
+    "given, says",
+    [
+        ({"sample.m": 3}, "sample.m: unknown key, allowed: prompt, n,"),
+        ({"sample.n": 0}, "sample.n: 0 is out of range"),
+        ({"sample.n": "8"}, "sample.n: '8' is not a whole number"),
+        ({"sample.n.k": 8}, "sample.n: {'k': 8} is not a whole number"),
+        ({"sample": 8}, "sample: 8 is not a mapping"),
+    ],
+)
+def test_a_config_that_cannot_be_is_one_line(given, says):
+    with pytest.raises(InputError) as raised:
+        heal_jax.configure(given)
     assert says in str(raised.value) and "\n" not in str(raised.value)
 
 
