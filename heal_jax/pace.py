@@ -69,7 +69,9 @@ def curate(
             continue
         seen[stage, c.sequence] = c.rollout_id
         if room[c.problem_id, stage] == 0:
-            refused[c.rollout_id] = f"over the {per_problem} examples of a problem in stage {stage}"
+            refused[c.rollout_id] = (
+                f"over the {per_problem} example{'s' * (per_problem > 1)} of a problem in stage {stage}"
+            )
             continue
         room[c.problem_id, stage] -= 1
         kept[c.rollout_id] = stage
