@@ -356,7 +356,7 @@ def test_a_report_is_opened_where_there_is_a_browser(tiny, capsys, monkeypatch):
     for nothing in (lambda address: False, fails):
         monkeypatch.setattr(webbrowser, "open", nothing)
         assert heal(["report", str(out), "--open"]) == 0
-        assert f"open {(out / 'report.html').resolve()}" in capsys.readouterr().err.replace("\n", "")
+        assert f"open {(out / 'report.html').resolve().as_uri()}" in capsys.readouterr().err
 
 
 def test_a_run_that_is_stopped_says_so_to_programs(tmp_path):
