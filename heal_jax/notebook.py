@@ -275,6 +275,8 @@ def pass_rates(run: RunData) -> Picture:
         axes.bar(range(n + 1), heights, 0.85, bottom=below, color=colour, label=label)
         below = [a + b for a, b in zip(below, heights)]
     axes.set(xlabel=f"correct of {n} rollouts", ylabel="problems")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.get_major_locator().set_params(integer=True)
     axes.legend(frameon=False)
     return Picture(figure)
 
