@@ -16,6 +16,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from heal_jax.errors import InputError
@@ -275,6 +276,8 @@ def pass_rates(run: RunData) -> Picture:
         axes.bar(range(n + 1), heights, 0.85, bottom=below, color=colour, label=label)
         below = [a + b for a, b in zip(below, heights)]
     axes.set(xlabel=f"correct of {n} rollouts", ylabel="problems")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False)
     return Picture(figure)
 
