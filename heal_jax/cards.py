@@ -142,8 +142,8 @@ def _results(config: Config, summary: Mapping[str, Any]) -> str:
     rows.append(["HEAL minus rejection sampling", *(_interval(gap, points) for _, gap, _ in groups)])
     text = (
         f"On held-out problems ({escape(_problems(config.evaluate.problems))}): mean over problems of the share of\n"
-        "right samples, in percent, with 95 % bootstrap intervals over problems;\n"
-        f"{draw.samples} samples a problem at temperature {draw.temperature:g}, {draw.max_new_tokens} new tokens at most.\n"
+        f"right samples, in percent, with 95 % bootstrap intervals over problems; {draw.samples} samples a problem at\n"
+        f"temperature {draw.temperature:g}, {draw.max_new_tokens} new tokens at most.\n"
         "This model is HEAL; rejection sampling is the same student trained as long on the teacher's unaided right\n"
         "solutions. The difference is paired by problem.\n\n"
         f"{table(head, rows)}"

@@ -7,6 +7,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from heal_jax.config import Config
+from heal_jax.errors import InputError
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 CACHED = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/[0-9a-f]+/?")  # the layout of huggingface_hub's cache
@@ -24,6 +25,12 @@ def on_hub(path: str) -> str | None:
     found = CACHED.search(path)
     name = f"{found[1]}/{found[2]}" if found else ""
     return name if HUB_NAME.fullmatch(name) else None
+
+
+def require(repository: str, option: str) -> None:
+    """Raises InputError where this cannot be the name of a repository on the hub."""
+    if not HUB_NAME.fullmatch(repository) or "--" in repository or ".." in repository:
+        raise InputError(f"{option}: {repository[:100]!r} is not OWNER/NAME, such as me/my-student")
 
 
 def data_on_hub(source: str) -> str | None:
