@@ -18,7 +18,8 @@ LARGE = (".safetensors", ".parquet")  # what the hub keeps as LFS files
 
 
 class Hub(ThreadingHTTPServer):
-    """repositories: (type, OWNER/NAME) -> {"private", "files": name -> bytes, "commits": lists of operations}."""
+    """repositories: (type, OWNER/NAME) -> {"private", "url", "files": name -> bytes, "commits": lists of
+    operations}."""
 
     daemon_threads = True
 
@@ -75,6 +76,9 @@ class _Handler(BaseHTTPRequestHandler):
             return self.create(json.loads(body))
         if found := re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
             return self.batch(json.loads(body))
+        if found := re.fullmatch("/api/(model|dataset)s/([^/]+/[^/]+)", path):  # asked where it may not be made
+            assert (found[1], found[2]) not in self.server.repositories
+            return self.answer(404, {"error": "Repository not found"}, **{"X-Error-Code": "RepoNotFound"})
         found = re.fullmatch("/api/(model|dataset)s/([^/]+/[^/]+)/(tree|preupload|commit)/main", path)
         assert found, path
         repository = self.server.repositories[found[1], found[2]]
@@ -90,7 +94,7 @@ class _Handler(BaseHTTPRequestHandler):
         if (kind, name) in self.server.repositories:
             return self.answer(409, {"error": "You already created this model repo", "url": url})
         private = asked.get("visibility") == "private"
-        self.server.repositories[kind, name] = {"private": private, "files": {}, "commits": []}
+        self.server.repositories[kind, name] = {"private": private, "files": {}, "commits": [], "url": url}
         self.answer(200, {"url": url, "name": name, "id": "0"})
 
     def tree(self, repository: dict[str, Any], body: bytes) -> None:
@@ -133,7 +137,7 @@ class _Handler(BaseHTTPRequestHandler):
                 assert line["key"] == "deletedFile"
                 del files[value["path"]]
         repository["commits"].append(lines[1:])
-        self.answer(200, {"commitUrl": f"{self.server.address}/commit/{'0' * 40}", "commitOid": "0" * 40})
+        self.answer(200, {"commitUrl": f"{repository['url']}/commit/{'0' * 40}", "commitOid": "0" * 40})
 
 
 @contextlib.contextmanager
