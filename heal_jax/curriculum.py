@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from heal_jax import pace
+from heal_jax import naming, pace
 from heal_jax.ask import dev_accuracy
 from heal_jax.config import DEV, MAIN, LogSpec
 from heal_jax.errors import InputError, RunError
@@ -96,8 +96,7 @@ def _curate(run: Run) -> dict[str, Any]:
                     len(prompt),
                 )
                 stages[decision.stage].append(example)
-        teacher = run.directory.manifest["models"]["teacher"]["sha256"]
-        origin = {"problems": config.problems.source, "teacher": f"{config.teacher.path}, sha256 {teacher}"}
+        origin = naming.origin(config, run.directory.manifest)
         for stage, examples in stages.items():
             folder = run.root / "curriculum" / f"stage{stage}"
             if examples:

@@ -9,6 +9,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from heal_jax import dataset
+from heal_jax.cards import licence, model_card
 from heal_jax.config import LoraSpec
 from heal_jax.errors import InputError, RunError
 from heal_jax.evaluate import trained
@@ -18,6 +20,7 @@ from heal_jax.model.lora import merged
 from heal_jax.model.weights import save_adapter_weights, save_weights
 from heal_jax.processes import once, primary
 from heal_jax.run import Run
+from heal_jax.summary import summarise
 
 # What a tokenizer may consist of; copied byte for byte, so that every engine reads what the source model shipped.
 TOKENIZER_FILES = (
@@ -33,30 +36,50 @@ TOKENIZER_FILES = (
     "generation_config.json",
 )
 
+CARD = "README.md"
+
 
 def export(run: Run) -> None:
-    """The student after HEAL into DIR/export; with LoRA, its adapters into DIR/adapter too."""
+    """The student after HEAL into DIR/export, what it learned into DIR/dataset, both with their cards; with LoRA, its
+    adapters into DIR/adapter too.
+
+    Cards have no checksum in the manifest, so that they can be edited: an export that is done again writes them anew.
+    """
     spec = run.config.train.lora
     with run.work("export"):
         student = trained(run, "heal")
-        save(student, run.root / "export")
-        made = [run.root / "export"]
+        save(student, run.root / "export", once(lambda: _card(run)))
+        with _new(run.root / "dataset") as partial:
+            if primary():
+                dataset.write(run, partial)
+        made = [run.root / "export", run.root / "dataset"]
         if spec.rank:
             save_adapters(student, spec, run.root / "adapter")
             made.append(run.root / "adapter")
-    run.directory.finish("export", made)
+    files = (path for folder in made for path in sorted(folder.iterdir()) if path.name != CARD)
+    written = once(lambda: [str(path.relative_to(run.root)) for path in files])
+    run.directory.finish("export", [run.root / name for name in written])
     run.progress.update("export", len(made), len(made), "folders")
 
 
+def _card(run: Run) -> str:
+    tokenizer = run.tokenizers["student"]
+    chat = tokenizer.hf.chat_template is not None
+    return model_card(run.config, run.directory.manifest, summarise(run), licence(tokenizer.folder), chat)
+
+
 def _written_here(path: Path) -> bool:
-    """Whether `save` may have written this file."""
-    weights = re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?", path.name)
+    """Whether this may be a file of an export."""
+    if path.name == CARD:
+        return path.is_file() and "heal_jax" in path.read_text(encoding="utf-8", errors="replace")
+    found = re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?|stage[123]\.parquet", path.name)
     others = *TOKENIZER_FILES, "config.json", "adapter_config.json", "adapter_model.safetensors"
-    return path.is_file() and (path.name in others or weights is not None)
+    return path.is_file() and (path.name in others or found is not None)
 
 
-def save(lm: LanguageModel, folder: Path) -> None:
-    """Write config.json, safetensors and the source tokenizer's files; a model folder of that name is replaced.
+def save(lm: LanguageModel, folder: Path, card: str = "") -> None:
+    """Write config.json, safetensors and the source tokenizer's files, and its card if one is given; a model folder
+    of that name is replaced.
 
     Adapters are merged into their kernels. Written beside it first and renamed, so that the folder is whole or not
     there. Raises InputError where it cannot be made or holds something else, RunError where writing fails, as on a full
@@ -66,6 +89,8 @@ def save(lm: LanguageModel, folder: Path) -> None:
     with _new(folder) as partial:
         if primary():
             _write_files(lm, partial)
+            if card:
+                (partial / CARD).write_text(card, encoding="utf-8")
         save_weights(model, partial)
 
 

@@ -25,7 +25,7 @@ from typing import Any
 
 from heal_jax.errors import InputError, RunError
 
-UNREAD = ("export", "adapter", "tensorboard")  # a run writes them and others read them: not filled in
+UNREAD = ("export", "adapter", "dataset", "tensorboard")  # a run writes them and others read them: not filled in
 ASIDE = (".damaged", ".outdated")  # the same
 APPENDED = ("metrics.jsonl", "tensorboard")  # may grow while they are copied
 PREFIX = "heal-bucket-"  # of working copies, in the folder for temporary files

@@ -223,7 +223,8 @@ class RunDirectory:
             storage.push(self.root)
 
     def inputs(self, stage: str) -> dict[str, str]:
-        """Digests of what a stage is made from: rollouts by their shards, training by the curriculum's examples."""
+        """Digests of what a stage is made from: rollouts by their shards, training by the curriculum's examples, the
+        student's card by the evaluation too."""
 
         def rollouts(*kinds: str) -> dict[str, str]:
             shards = sorted(self.manifest["shards"].items())
@@ -234,7 +235,11 @@ class RunDirectory:
         if stage == "curate":
             return rollouts("base", "hindsight", "repair")
         if stage in ("train", "evaluate", "export"):
-            return {"curriculum": self.manifest["stages"].get("curate", {}).get("curriculum", "")}
+            found = {"curriculum": self.manifest["stages"].get("curate", {}).get("curriculum", "")}
+            if stage == "export":  # its card has the results
+                shards = sorted(s for s in self.manifest["shards"].items() if s[0].startswith("evaluation/"))
+                found["evaluation"] = digest(shards if "evaluate" in self.manifest["stages"] else [])
+            return found
         return {}
 
     def outdated(self, stage: str) -> bool:

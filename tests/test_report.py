@@ -392,7 +392,7 @@ def test_the_commands_make_the_run_again(hostile, tmp_path):
     store.write_text(root / "config.yaml", config.dump(settings))
     directory = store.RunDirectory(root)
     directory.update(versions={"jax": "1; touch made", "$(touch made)": "2"}, device={"kind": "cpu"}, threads=2)
-    commands = reproduce(load(root))
+    commands = reproduce(load(root).manifest, settings)
     assert re.fullmatch("[ -~\n]+", commands)
     assert commands.startswith("pip install . 'jax==1; touch made' '$(touch made)==2'\n")
     for name in ("pip", "heal"):

@@ -4,13 +4,16 @@ import dataclasses
 import os
 import shlex
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from heal_jax.commands.arguments import Said, configured
 from heal_jax.config import Config
 from heal_jax.progress import Progress
+
+if TYPE_CHECKING:
+    from heal_jax.run import Run
 
 STAGES = {
     "sample": "unaided rollouts of the teacher, pass rates, strata",
@@ -43,11 +46,26 @@ class RunArguments(StageArguments):
     """The last stage to do; the same command without it goes on from there."""
 
 
+@dataclasses.dataclass(frozen=True)
+class ExportArguments(StageArguments):
+    """The last stage, and pushing what it wrote to the Hugging Face hub."""
+
+    push_to_hub: Annotated[str, tyro.conf.arg(metavar="OWNER/NAME")] = ""
+    """Upload DIR/export to this model repository, with the token of HF_TOKEN or `hf auth login`. The repository is made
+    where it is not there."""
+    push_dataset: Annotated[str, tyro.conf.arg(metavar="OWNER/NAME")] = ""
+    """Upload DIR/dataset to this dataset repository."""
+    public: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Make repositories that are not there public; private otherwise. Those that are there stay as they are."""
+
+
 def main(command: str, argv: list[str], progress: Progress) -> int:
     description = STAGES.get(command, "all stages")
-    kind = RunArguments if command == "run" else StageArguments
+    kind = {"run": RunArguments, "export": ExportArguments}.get(command, StageArguments)
     arguments = configured(kind, command, "--out DIR", argv, description, out=tyro.MISSING)
     names = [command] if command != "run" else list(STAGES)[: list(STAGES).index(arguments.until) + 1]
+
+    pushed = _repositories(arguments) if command == "export" else {}
 
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before jax, which reads it
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no torch is as it should be
@@ -63,6 +81,8 @@ def main(command: str, argv: list[str], progress: Progress) -> int:
         needs, line = NEEDS.get(command, ()), shlex.join(["heal", command, *argv])
         with open_run(arguments.settings, arguments.out, progress, needs, line) as opened:
             run_stages(opened, names)
+            if pushed:
+                processes.once(lambda: _push(opened, pushed, arguments.public))
             if names == list(STAGES) and processes.primary():
                 from heal_jax.summary import figures, verdict
 
@@ -70,3 +90,24 @@ def main(command: str, argv: list[str], progress: Progress) -> int:
                 progress.printer.print(verdict(opened.root), markup=False, soft_wrap=True)
                 progress.log("result", **figures(opened.root))
     return 0
+
+
+def _repositories(arguments: ExportArguments) -> dict[str, str]:
+    """What is to be pushed, by its kind. Raises InputError for names that cannot be."""
+    from heal_jax.naming import require
+
+    asked = {"model": ("push-to-hub", arguments.push_to_hub), "dataset": ("push-dataset", arguments.push_dataset)}
+    for option, name in asked.values():
+        if name:
+            require(name, f"--{option}")
+    return {kind: name for kind, (_, name) in asked.items() if name}
+
+
+def _push(run: "Run", repositories: dict[str, str], public: bool) -> None:
+    from heal_jax import hub, storage
+
+    for kind, name in repositories.items():
+        folder = run.root / hub.FOLDERS[kind][0]
+        storage.pull(folder)
+        run.progress.say(f"export     pushing {storage.shown(folder)} to {name}")
+        run.progress.say(f"export     pushed: {hub.push(folder, kind, name, public)}")

@@ -138,6 +138,15 @@ class Tokenizer:
             raise InputError(f"{self.folder}: its chat template cannot be applied ({reason}); restore it") from None
         return self._encode(text)
 
+    def keeps(self, question: str, said: str) -> bool:
+        """Whether the chat template gives an assistant's finished turn as it was written: some drop what it thought."""
+        user = {"role": "user", "content": question}
+        try:
+            asked = self._render([user], add_generation_prompt=True)
+            return self._render([user, {"role": "assistant", "content": said}]).startswith(asked + said)
+        except Exception:  # whatever a template from elsewhere raises
+            return False
+
     def _render(self, turns: list[dict[str, str]], **settings: Any) -> str:
         """The text that the chat template makes of turns. Raises whatever the template does."""
         with deadline(TEMPLATE_SECONDS):

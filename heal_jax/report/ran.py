@@ -2,10 +2,12 @@
 
 import re
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import yaml
 
+from heal_jax.config import Config
 from heal_jax.report.data import RunData
 from heal_jax.report.markup import Html, join, table, tag, todo
 from heal_jax.strict import flatten, to_dict
@@ -28,7 +30,7 @@ def what_ran(run: RunData) -> Iterable[Html]:
         yield tag("p", "Command: ", tag("code", manifest["command"]))
     if run.config is not None:
         yield tag("h3", "To run it again")
-        yield _copied(reproduce(run))
+        yield _copied(reproduce(manifest, run.config))
         yield tag(
             "p",
             "In a clone of heal_jax. The config has every field as it was; models and problem files that it names must "
@@ -67,10 +69,9 @@ def _fact(value: object) -> Html:
     return join(tag("div", line, class_="fact") for line in lines)
 
 
-def reproduce(run: RunData) -> str:
-    """The commands that make this run anew, for a shell: ASCII that hides nothing, and whatever the run directory says
-    is quoted."""
-    manifest = run.manifest
+def reproduce(manifest: Mapping[str, Any], config: Config) -> str:
+    """The commands that make a run anew, for a shell: ASCII that hides nothing, and whatever the run directory says is
+    quoted."""
     versions = manifest.get("versions") if isinstance(manifest.get("versions"), dict) else {}
     pins = [f"{name}=={version}".encode("unicode_escape").decode() for name, version in (versions or {}).items()]
     device, threads = manifest.get("device"), manifest.get("threads")
@@ -78,7 +79,7 @@ def reproduce(run: RunData) -> str:
     lines = [
         " ".join(["pip install .", *map(shlex.quote, pins)]),
         "cat > config.yaml <<'END_OF_CONFIG'",
-        yaml.safe_dump(to_dict(run.settings), sort_keys=False).rstrip("\n"),
+        yaml.safe_dump(to_dict(config), sort_keys=False).rstrip("\n"),
         "END_OF_CONFIG",
         f"{f'NPROC={threads} ' if cpu else ''}heal run config.yaml --out runs/again",
     ]

@@ -16,6 +16,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from heal_jax.errors import InputError
+from heal_jax.markdown import escape
 from heal_jax.shapes import bucket
 
 
@@ -79,17 +80,32 @@ WHAT = {
 }
 
 
-def card(stage: int, examples: Sequence[Example], origin: Mapping[str, str]) -> str:
-    """A dataset card (Markdown): what a stage holds, what it was made from, how to read it."""
-    learned = sum(len(e.tokens) - e.prompt_length for e in examples)
-    made_from = "".join(f"- {name}: `{value}`\n" for name, value in origin.items())
-    return f"""# PACE stage {stage}
+LICENCES = "The solutions are a model's: the licences of the teacher and of the problems apply."
 
-Training examples for reasoning distillation: {WHAT[stage]}. Made by heal_jax after HEAL (arXiv 2603.10359).
+
+def contents(stage: int, examples: Sequence[Example]) -> str:
+    """What a stage holds, as a card says it (Markdown)."""
+    learned = sum(len(e.tokens) - e.prompt_length for e in examples)
+    what = WHAT[stage]
+    return f"""{what[0].upper()}{what[1:]}.
 
 - examples: {len(examples)}, of {len({e.problem_id for e in examples})} problems
 - tokens to learn: {learned}, and {sum(e.prompt_length for e in examples)} of prompts
-{made_from}
+"""
+
+
+def made_from(origin: Mapping[str, str]) -> str:
+    """What examples were made from, by name, as a card says it (Markdown)."""
+    return "".join(f"- {name}: {escape(value)}\n" for name, value in origin.items())
+
+
+def card(stage: int, examples: Sequence[Example], origin: Mapping[str, str]) -> str:
+    """A dataset card (Markdown): what a stage holds, what it was made from, how to read it."""
+    return f"""# PACE stage {stage}
+
+Training examples for reasoning distillation, made by heal_jax after HEAL (arXiv 2603.10359).
+
+{contents(stage, examples)}{made_from(origin)}
 An example has `tokens` (int32, prompt and solution, EOS included, in the student's vocabulary), of which the first
 `prompt_length` are given and the rest is learned; `rollout_id`, `problem_id` and `kind` (base, hindsight, repair) say
 where it comes from. In the order of curation. ArrayRecord; TensorFlow is not needed:
@@ -100,7 +116,7 @@ import tensorflow_datasets as tfds
 source = tfds.builder_from_directory("stage{stage}").as_data_source(split="train")
 ```
 
-The solutions are a model's: the licences of the teacher and of the problems apply.
+{LICENCES}
 """
 
 
