@@ -338,10 +338,12 @@ def test_killed_damaged_and_resumed_elsewhere_gives_the_same_bytes_as_on_disk(st
     out = downloaded(store, tmp_path / "out")
     (out / "rollouts" / "base-00001.parquet.damaged").unlink()
     assert content(out) == content(tiny[0])
-    # The same directory goes on from disk, checkpoints included.
+    # It goes on from disk, checkpoints included: the student is restored to be evaluated.
+    (out / "evaluation" / "heal-00000.parquet").unlink()
     process = started("run", TINY, "--out", out)
     _, said = process.communicate()
-    assert process.returncode == 0 and "damaged" not in said and said.count("done before") == 7, said
+    assert process.returncode == 0 and said.count("done before") == 6 and ": damaged" not in said, said
+    assert content(out) == content(tiny[0])
 
 
 TWO = """
