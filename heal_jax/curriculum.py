@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from heal_jax import naming, pace
+from heal_jax import pace
 from heal_jax.ask import dev_accuracy
 from heal_jax.config import DEV, MAIN, LogSpec
 from heal_jax.errors import InputError, RunError
@@ -18,6 +18,7 @@ from heal_jax.model.lora import merged
 from heal_jax.processes import once, primary
 from heal_jax.run import Run
 from heal_jax.sets import draw_of
+from heal_jax.share import naming
 from heal_jax.storage import pull
 from heal_jax.store import DECISIONS, write_table
 from heal_jax.strict import to_dict

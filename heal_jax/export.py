@@ -9,8 +9,6 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from heal_jax import dataset
-from heal_jax.cards import licence, model_card
 from heal_jax.config import LoraSpec
 from heal_jax.errors import InputError, RunError
 from heal_jax.evaluate import trained
@@ -20,6 +18,8 @@ from heal_jax.model.lora import merged
 from heal_jax.model.weights import save_adapter_weights, save_weights
 from heal_jax.processes import once, primary
 from heal_jax.run import Run
+from heal_jax.share import dataset
+from heal_jax.share.cards import licence, model_card
 from heal_jax.summary import summarise
 
 # What a tokenizer may consist of; copied byte for byte, so that every engine reads what the source model shipped.

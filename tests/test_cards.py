@@ -17,10 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from heal_jax import cards, dataset, markdown, naming
 from heal_jax.config import Config, ModelSpec, ProblemSpec, load
 from heal_jax.model.lm import open_tokenizer
 from heal_jax.problems.sources import Problem
+from heal_jax.share import cards, dataset, markdown, naming
 from heal_jax.store import EVALUATION, RunDirectory
 from heal_jax.train.data import Example, read_stage
 

@@ -11,10 +11,10 @@ from conftest import TINY
 from folders import thinking_teacher
 from rich.console import Console
 
-from heal_jax import cache, doctor, machine
+from heal_jax import cache, doctor
 from heal_jax.cli import run as heal
 from heal_jax.config import Config, load
-from heal_jax.doctor import OK, PROBLEM, WARNING, asked, host
+from heal_jax.doctor import OK, PROBLEM, WARNING, asked, host, machine
 from heal_jax.world import model_folder
 
 CPU = {"platform": "cpu", "kind": "cpu", "count": 1, "processes": 1, "memory": 0, "used": 0}

@@ -9,7 +9,7 @@ import pytest
 from conftest import ENVIRONMENT, TINY, refused, start
 from fake_hub import TOKEN, serving
 
-PUSH = "import sys, pathlib; from heal_jax import hub; from heal_jax.errors import RunError\n"
+PUSH = "import sys, pathlib; from heal_jax.share import hub; from heal_jax.errors import RunError\n"
 PUSH += "folder, kind, name, public = sys.argv[1:]\n"
 PUSH += "try: print(hub.push(pathlib.Path(folder), kind, name, public == 'public'))\n"
 PUSH += "except RunError as error: sys.exit(f'refused: {error}')"

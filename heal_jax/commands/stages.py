@@ -94,7 +94,7 @@ def main(command: str, argv: list[str], progress: Progress) -> int:
 
 def _repositories(arguments: ExportArguments) -> dict[str, str]:
     """What is to be pushed, by its kind. Raises InputError for names that cannot be."""
-    from heal_jax.naming import require
+    from heal_jax.share.naming import require
 
     asked = {"model": ("push-to-hub", arguments.push_to_hub), "dataset": ("push-dataset", arguments.push_dataset)}
     for option, name in asked.values():
@@ -104,7 +104,8 @@ def _repositories(arguments: ExportArguments) -> dict[str, str]:
 
 
 def _push(run: "Run", repositories: dict[str, str], public: bool) -> None:
-    from heal_jax import hub, storage
+    from heal_jax import storage
+    from heal_jax.share import hub
 
     for kind, name in repositories.items():
         folder = run.root / hub.FOLDERS[kind][0]

@@ -9,9 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from heal_jax import machine
 from heal_jax.config import Config
-from heal_jax.doctor import asked, host
+from heal_jax.doctor import asked, host, machine
 from heal_jax.doctor.finding import OK, PROBLEM, WARNING, Finding
 from heal_jax.errors import InputError, one_line
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from heal_jax import footprint, machine
 from heal_jax.config import Config
 from heal_jax.divide import require, sizes
+from heal_jax.doctor import footprint, machine
 from heal_jax.doctor.finding import OK, PROBLEM, WARNING, Finding, size
 from heal_jax.errors import InputError, one_line
 from heal_jax.model.config import DecoderConfig, decoder_config

@@ -13,8 +13,9 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
-from heal_jax import cache, footprint, machine, processes, storage
+from heal_jax import cache, processes, storage
 from heal_jax.config import Config
+from heal_jax.doctor import footprint, machine
 from heal_jax.doctor.finding import OK, PROBLEM, WARNING, Finding, size
 from heal_jax.errors import InputError
 from heal_jax.model.config import decoder_config

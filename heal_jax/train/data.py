@@ -16,8 +16,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from heal_jax.errors import InputError
-from heal_jax.markdown import escape
 from heal_jax.shapes import bucket
+from heal_jax.share.markdown import escape
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,14 +8,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from heal_jax import __version__, naming
+from heal_jax import __version__
 from heal_jax.config import MAIN, Config, ProblemSpec
-from heal_jax.dataset import TAGS
-from heal_jax.markdown import code, escape, front_matter, read_front_matter, table
 from heal_jax.report.figures import MODELS, levels
 from heal_jax.report.markup import points
 from heal_jax.report.ran import reproduce
 from heal_jax.sets import draw_of, further
+from heal_jax.share import naming
+from heal_jax.share.dataset import TAGS
+from heal_jax.share.markdown import code, escape, front_matter, read_front_matter, table
 from heal_jax.train.data import WHAT
 
 FOLDER = "path/to/export"  # in the snippets of a card that is not on the hub

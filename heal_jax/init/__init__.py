@@ -5,10 +5,11 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from heal_jax import footprint, machine
 from heal_jax.config import By, Config, EvaluateSpec, GradeSpec, ModelSpec, ProblemSpec, load, validate
+from heal_jax.doctor import footprint, machine
 from heal_jax.errors import InputError
-from heal_jax.mapping import mapped
+from heal_jax.init.mapping import mapped
+from heal_jax.init.template import text
 from heal_jax.model.config import DecoderConfig, decoder_config
 from heal_jax.model.lm import resolve
 from heal_jax.model.tokenizer import Tokenizer
@@ -18,7 +19,6 @@ from heal_jax.problems.sources import Problem
 from heal_jax.problems.sources import load as load_problems
 from heal_jax.run import hindsight_question, hint_text, plain_question
 from heal_jax.shapes import BUCKET, bucket
-from heal_jax.template import text
 
 HELD_OUT = 5  # one in so many problems is held out, where no others are given
 MOST_HELD_OUT = 500  # more of them move the interval little, and cost four models' samples

@@ -7,10 +7,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from heal_jax import naming
 from heal_jax.curriculum import PACE_STAGES
-from heal_jax.markdown import code, front_matter
 from heal_jax.run import Run, plain_question
+from heal_jax.share import naming
+from heal_jax.share.markdown import code, front_matter
 from heal_jax.storage import pull
 from heal_jax.train.data import LICENCES, Example, contents, made_from, read_stage
 

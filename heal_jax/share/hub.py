@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from heal_jax import cards, dataset
 from heal_jax.errors import RunError, one_line
+from heal_jax.share import cards, dataset
 
 CARD = "README.md"
 WHOLE = (".safetensors", ".safetensors.index.json", ".parquet")  # of an older export, these go
