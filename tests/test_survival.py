@@ -285,7 +285,7 @@ def no_memory_on_the_host(run) -> None:
 )
 def test_what_a_stage_may_run_out_of(tmp_path, capsys, only_sample, stage, says):
     only_sample(stage)
-    said = refused(capsys, "sample", TINY, "--out", tmp_path, status=1)
+    said = refused(capsys, "sample", TINY, "--out", tmp_path, "--quiet", status=1)
     assert all(text in said for text in says), said
 
 
