@@ -7,6 +7,7 @@ the JSON, then for every token its entropy and the characters that it adds, as b
 
 import base64
 import dataclasses
+import hashlib
 import json
 import math
 import re
@@ -52,12 +53,7 @@ def pack(run: RunData, budget: int = BUDGET, most: int = ROWS) -> Payload:
     """All rollouts of a run, or as many as fit: repairs and the failures they came from first."""
     order, first = _order(run)
     listed = order[:most]
-    blocks: list[str] = []
-    firsts, quantum = [0], QUANTA[0]
-    for quantum in QUANTA:
-        blocks, firsts = _blocks(run, listed, quantum, budget)
-        if firsts[-1] == len(listed):
-            break
+    blocks, firsts, quantum = _fitting(run, listed, budget)
     inside = firsts[-1]
     light = run.rollouts.take(pa.array(listed, pa.int64()))
     chosen = [row["rollout_id"] for row in choose(run)]
@@ -186,6 +182,27 @@ def _means(lists: pa.ChunkedArray) -> Iterator[float | None]:
         values, offsets = part.values.to_numpy(zero_copy_only=False), part.offsets.to_numpy()
         for start, end, valid in zip(offsets[:-1], offsets[1:], part.is_valid().to_pylist()):
             yield float(values[start:end].mean(dtype=np.float64)) if valid and end > start else None
+
+
+def _fitting(run: RunData, rows: Sequence[int], budget: int) -> tuple[list[str], list[int], float]:
+    """`_blocks` at the finest quantum with which all fit, or the coarsest. The last answer is kept: a run's page is
+    written after every stage, and most stages add no rollout."""
+    global _last
+    folder = run.tokenizer.folder if run.tokenizer else None
+    asked = hashlib.sha256(repr((run.settings, run.problems, folder, rows, budget)).encode(errors="replace"))
+    for buffer in (b for column in run.rollouts.columns for chunk in column.chunks for b in chunk.buffers() if b):
+        asked.update(buffer)
+    if _last is not None and _last[0] == asked.digest():
+        return _last[1]
+    for quantum in QUANTA:
+        blocks, firsts = _blocks(run, rows, quantum, budget)
+        if firsts[-1] == len(rows):
+            break
+    _last = asked.digest(), (blocks, firsts, quantum)
+    return _last[1]
+
+
+_last: tuple[bytes, tuple[list[str], list[int], float]] | None = None
 
 
 def _blocks(run: RunData, rows: Sequence[int], quantum: float, budget: int) -> tuple[list[str], list[int]]:
