@@ -22,12 +22,15 @@ from heal_jax.train.data import WHAT
 FOLDER = "path/to/export"  # in the snippets of a card that is not on the hub
 QUESTION = "What is 27 + 46?"
 
+LARGEST = 1 << 16  # bytes of a card that is not ours; its front matter comes first
+
 
 def licence(folder: Path) -> dict[str, str]:
     """What the card in a model folder says of its licence; empty where it says nothing."""
     path = folder / "README.md"
     try:
-        said = read_front_matter(path.read_text(encoding="utf-8", errors="replace")) if path.is_file() else {}
+        with open(path, "rb") as file:
+            said = read_front_matter(file.read(LARGEST).decode(errors="replace"))
     except OSError:
         return {}
     found = {name: said.get(name) for name in ("license", "license_name", "license_link")}
