@@ -28,6 +28,8 @@ LARGEST = 1 << 16  # bytes of a card that is not ours; its front matter comes fi
 def licence(folder: Path) -> dict[str, str]:
     """What the card in a model folder says of its licence; empty where it says nothing."""
     path = folder / "README.md"
+    if not path.is_file():  # nor a pipe, which would be waited for
+        return {}
     try:
         with open(path, "rb") as file:
             said = read_front_matter(file.read(LARGEST).decode(errors="replace"))
