@@ -12,6 +12,7 @@ import base64
 import contextlib
 import fcntl
 import importlib.util
+import logging
 import os
 import re
 import shutil
@@ -55,6 +56,7 @@ def filesystem() -> Any:
     import fsspec
 
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs tracebacks of what we say in a line
     return fsspec.filesystem("gcs")
 
 
