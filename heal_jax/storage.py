@@ -38,8 +38,10 @@ _copies: list["_Copy"] = []  # that this process has open
 def address(path: str | os.PathLike[str]) -> str | None:
     """gs://BUCKET/PATH where the path is on a bucket (pathlib makes one slash of two); None for a path on disk.
 
-    Raises InputError for other stores, and where gcsfs is not installed.
+    Raises InputError for other stores, without a bucket, and where gcsfs is not installed.
     """
+    if re.fullmatch("gs:/*", os.fspath(path)):
+        raise InputError("gs://: names no bucket; gs://BUCKET/PATH is expected")
     found = re.fullmatch(r"(gs|s3|az|hf):/+([^/].*)", os.fspath(path), re.DOTALL)
     if found is None:
         return None
