@@ -12,6 +12,7 @@ import base64
 import contextlib
 import fcntl
 import importlib.util
+import logging
 import os
 import re
 import shutil
@@ -37,8 +38,10 @@ _copies: list["_Copy"] = []  # that this process has open
 def address(path: str | os.PathLike[str]) -> str | None:
     """gs://BUCKET/PATH where the path is on a bucket (pathlib makes one slash of two); None for a path on disk.
 
-    Raises InputError for other stores, and where gcsfs is not installed.
+    Raises InputError for other stores, without a bucket, and where gcsfs is not installed.
     """
+    if re.fullmatch("gs:/*", os.fspath(path)):
+        raise InputError("gs://: names no bucket; gs://BUCKET/PATH is expected")
     found = re.fullmatch(r"(gs|s3|az|hf):/+([^/].*)", os.fspath(path), re.DOTALL)
     if found is None:
         return None
@@ -55,6 +58,7 @@ def filesystem() -> Any:
     import fsspec
 
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs tracebacks of what we say in a line
     return fsspec.filesystem("gcs")
 
 

@@ -133,3 +133,11 @@ def test_what_is_refused_writes_nothing(tmp_path, capsys):
     assert not out.exists()
     out.write_text("mine")
     assert "is there already" in refused(capsys, *base, mine) and out.read_text() == "mine"
+
+
+@pytest.mark.parametrize("line", ["{", "[1]", "question,answer"])
+def test_a_bad_line_is_named(line, tmp_path, capsys):
+    path = jsonl(tmp_path, ROWS[:2])
+    path.write_text(path.read_text(encoding="utf-8") + line, encoding="utf-8")
+    command = ["init", "--model", "builtin:teacher", "--problems", path, "--out", tmp_path / "made.yaml"]
+    assert f"{path}:3: " in refused(capsys, *command)

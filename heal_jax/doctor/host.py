@@ -197,7 +197,8 @@ def disk(out: Path, config: Config | None) -> Iterator[Finding]:
         yield finding
         return
     for what, place, least in ((f"{out}", out, needed), ("the cache", cache.folder(), cache.MAX_BYTES / 4)):
-        parent = next(p for p in (place.absolute(), *place.absolute().parents) if p.exists())
+        # os.path's is False where a path may not be seen; pathlib's raises.
+        parent = next(p for p in (place.absolute(), *place.absolute().parents) if os.path.exists(p))
         free = shutil.disk_usage(parent).free
         text = f"{size(free)} are free for {what}"
         if not os.access(parent, os.W_OK):

@@ -2,13 +2,15 @@
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from heal_jax.config import By, ProblemSpec
 from heal_jax.errors import InputError
 from heal_jax.problems.answers import answer_span
 from heal_jax.problems.sources import TABLES, TableProblems
+from heal_jax.problems.tables import Table
 from heal_jax.problems.text import field_text, short
 
 # What columns are called in public sets of problems, the likeliest first.
@@ -44,7 +46,7 @@ def mapped(given: str, notes: list[str], split: str = "train") -> tuple[ProblemS
     table = TABLES[scheme](name, spec.split, {}, ())
     columns = table.columns
     if columns is None:
-        columns = list(dict.fromkeys(key for i in range(min(KEYS, len(table))) for key in table[i]))
+        columns = list(dict.fromkeys(key for i in range(min(KEYS, len(table))) for key in _row(table, i)))
     fields = {field: found for field in NAMES if (found := _column(field, columns))}
     for field in ("question", "answer"):
         if field not in fields:
@@ -57,14 +59,22 @@ def mapped(given: str, notes: list[str], split: str = "train") -> tuple[ProblemS
     table = TableProblems(spec, scheme, name, "exact").table
     answers = []
     for i in range(min(MOST, len(table))):
+        row = _row(table, i)
         try:
-            answers.append(field_text(table[i], fields["answer"], number=True))
+            answers.append(field_text(row, fields["answer"], number=True))
         except InputError as error:
             raise InputError(f"{table.where(i)}: {error}") from None
     if pattern := _pattern(answers, table.place):
         spec = dataclasses.replace(spec, answer_pattern=pattern)
         notes.append(f"{table.place}: the answer is what {pattern!r} finds in column {fields['answer']!r}")
     return spec, "choice" if answers and all(map(LETTER.fullmatch, answers)) else "auto"
+
+
+def _row(table: Table, index: int) -> Mapping[str, Any]:
+    try:
+        return table[index]
+    except InputError as error:
+        raise InputError(f"{table.where(index)}: {error}") from None
 
 
 def spelled(given: str) -> str:
