@@ -30,6 +30,7 @@ UNREAD = ("export", "adapter", "dataset", "tensorboard")  # a run writes them an
 ASIDE = (".damaged", ".outdated")  # the same
 APPENDED = ("metrics.jsonl", "tensorboard")  # may grow while they are copied
 PREFIX = "heal-bucket-"  # of working copies, in the folder for temporary files
+PATIENCE = 10  # seconds for the first answer of a bucket: what waits longer does not reach it
 YOUNG = 60  # seconds in which a new one may not be locked yet
 
 _copies: list["_Copy"] = []  # that this process has open
@@ -64,10 +65,17 @@ def filesystem() -> Any:
 
 def require(url: str) -> None:
     """Raises InputError where objects cannot be written below this URL, and deleted again."""
-    probe = f"{url}/.probe-{uuid.uuid4().hex}"
+    from fsspec.asyn import sync
+
+    probe, objects = f"{url}/.probe-{uuid.uuid4().hex}", filesystem()
     try:
-        filesystem().pipe_file(probe, b"")
-        filesystem().rm_file(probe)
+        sync(objects.loop, objects._pipe_file, probe, b"", timeout=PATIENCE)
+        objects.rm_file(probe)
+    except TimeoutError:
+        raise InputError(
+            f"{url}: no answer in {PATIENCE} seconds; check that this machine reaches Google Cloud Storage and has "
+            "credentials"
+        ) from None
     except FileNotFoundError:
         raise InputError(f"{url}: no such bucket, or it may not be seen; make it, or correct the name") from None
     except Exception as error:  # of many kinds: networks, accounts
@@ -77,19 +85,31 @@ def require(url: str) -> None:
         ) from None
 
 
+def _reached(url: str) -> None:
+    """Raises InputError where the bucket cannot be asked, which gcsfs by itself tries for a minute."""
+    from fsspec.asyn import sync
+
+    objects = filesystem()
+    try:
+        sync(objects.loop, objects._exists, f"{url}/manifest.json", timeout=PATIENCE)
+    except TimeoutError:
+        raise InputError(f"{url}: no answer in {PATIENCE} seconds; check that this machine reaches it") from None
+    except Exception as error:  # of many kinds: networks, accounts
+        raise InputError(f"{url}: cannot be read ({_reason(error)}); check the name and your credentials") from None
+
+
 @contextlib.contextmanager
 def opened(path: Path, write: bool = True) -> Iterator[Path]:
     """The folder to work in: a path on disk as it is; of one on a bucket a working copy, with what was written there.
 
     What is written in it is on the bucket after `push` and, with `write`, in the end. Errors name objects, not their
-    copies. Raises InputError as `address` does, and where `write` and the bucket cannot be written.
+    copies. Raises InputError as `address` does, and where the bucket cannot be reached or, with `write`, written.
     """
     url = address(path)
     if url is None:
         yield path
         return
-    if write:
-        require(url)
+    (require if write else _reached)(url)
     with _scratch() as folder:
         copy = _Copy(folder / url.rpartition("/")[2], url)
         _copies.append(copy)

@@ -16,19 +16,20 @@ fi
 mkdir -p "$root"
 cd "$root"
 
-# The hosts' own Python is 3.10: uv brings a newer one. A second start finds all there.
-if [[ $(cat installed 2>/dev/null) != "$package" ]]; then
+# The hosts' own Python is 3.10: uv brings a newer one. A second start finds all there, but for a wheel that was replaced.
+where=$package identity=$package
+if [[ $package == gs://* ]]; then
+  mkdir -p wheel
+  gcloud storage cp "$package" wheel/
+  where=file://$root/wheel/${package##*/}
+  identity="$package $(sha256sum <"wheel/${package##*/}")"
+fi
+if [[ $(cat installed 2>/dev/null) != "$identity" ]]; then
   rm -rf installed venv
   python3 -m pip install --quiet --target uv --upgrade uv
   uv/bin/uv venv --quiet --python 3.12 venv
-  where=$package
-  if [[ $package == gs://* ]]; then
-    mkdir -p wheel
-    gcloud storage cp "$package" wheel/
-    where=file://$root/wheel/${package##*/}
-  fi
   uv/bin/uv pip install --quiet --python venv/bin/python "heal-jax[tpu,gcs] @ $where"
-  printf '%s' "$package" >installed
+  printf '%s' "$identity" >installed
 fi
 
 if [[ -n $inputs ]]; then

@@ -55,6 +55,7 @@ case $action in
       delete
       exit
     fi
+    gone=
     while sleep "${LAUNCH_POLL_SECONDS:-60}"; do
       # What cannot be asked now is asked again: a slice is deleted for what Google says, not for what it does not say.
       if code=$(ended 2>/dev/null) && [[ $code =~ ^[02]$ ]]; then
@@ -62,11 +63,14 @@ case $action in
         delete
         exit "$code"
       fi
-      case $(status 2>/dev/null || true) in
+      case ${gone:-$(status 2>/dev/null || true)} in
         SUSPENDED)
           echo "the slice was taken away; asking for another"
-          delete
-          create
+          ! delete || gone=yes
+          [[ -z $gone ]] || ! create || gone=
+          ;;
+        yes) # it was deleted, and could not be asked for then
+          ! create || gone=
           ;;
         FAILED)
           echo "the request failed; see: $(quoted "${queued[@]}" describe "$LAUNCH_NAME" "${place[@]}")" >&2

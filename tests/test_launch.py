@@ -35,6 +35,9 @@ record["files"] = {{a: open(a).read() for a in sys.argv[1:] if a.endswith("/heal
 record["environment"] = {{n: v for n, v in os.environ.items() if n.startswith(("HEAL_", "JAX_"))}}
 with open(os.environ["RECORD"], "a") as file:
     file.write(json.dumps(record) + "\\n")
+if sys.argv[1:3] == ["storage", "cp"] and sys.argv[-1].endswith("/"):
+    with open(sys.argv[-1] + os.path.basename(sys.argv[-2]), "w") as file:
+        file.write(os.environ.get("WHEEL", ""))
 sys.exit(sys.argv[1:3] == ["storage", "cat"])
 """
 
@@ -414,13 +417,16 @@ def test_a_host_installs_once_starts_and_tells_the_end(machine):
     assert "--unit=heal" in unit and f"--working-directory={root}" in unit
     assert {"--property=Restart=on-failure", "--property=RestartPreventExitStatus=2"} <= set(unit)
 
-    # After a restart of the host: no installing. Only an end for good is noted.
+    # After a restart of the host: no installing, but of a wheel that was replaced. Only an end for good is noted.
     for status, noted in ((2, ["2\n"]), (1, []), (143, [])):
         again = machine.done("bash", "-c", startup, HEAL_STATUS=str(status))
         names = [call["argv"][:3] for call in again]
-        assert names[:2] == [["gcloud", "storage", "rsync"], ["heal", "run", "config.yaml"]]
-        assert [call["stdin"] for call in again[2:]] == noted
+        cp, rsync = (["gcloud", "storage", what] for what in ("cp", "rsync"))
+        assert names[:3] == [cp, rsync, ["heal", "run", "config.yaml"]]
+        assert [call["stdin"] for call in again[3:]] == noted
     assert (machine.folder / "installed").read_text().splitlines() == installed
+    machine.done("bash", "-c", startup, WHEEL="rebuilt")
+    assert (machine.folder / "installed").read_text().splitlines() == 2 * installed
 
     # A run that is under way is left as it is, also while it waits to be started again.
     for state in ("active", "activating"):
@@ -438,7 +444,8 @@ case "$*" in
   "storage cat"*) (( $(grep -c 'storage cat' "{machine.folder}/calls") > 5 )) || exit 1; echo "${{ENDS:-0}}" ;;
   *" describe "*)
     case $n in 1) exit 1 ;; 2) echo WAITING_FOR_RESOURCES ;; 3) echo "${{THEN:-SUSPENDED}}" ;; *) echo ACTIVE ;; esac ;;
-  *" create "*) cat >/dev/null ;;
+  *" create "*) cat >/dev/null; (( n != ${{NO_CREATE:-0}} )) ;;
+  *" delete "*) (( n != ${{NO_DELETE:-0}} )) ;;
 esac
 """)  # fmt: skip
     arguments = CASES["queued_resource create"][2:]
@@ -452,6 +459,9 @@ esac
 
     assert keep()[:2] == (0, ["create", "delete", "create", "delete"])
     assert keep(ENDS="2")[:2] == (2, ["create", "delete", "create", "delete"])
+    # What fails once is tried again.
+    assert keep(NO_CREATE="2")[:2] == (0, ["create", "delete", "create", "create", "delete"])
+    assert keep(NO_DELETE="1")[:2] == (0, ["create", "delete", "delete"])
     status, changes, said = keep(THEN="FAILED")
     assert (status, changes) == (1, ["create"]) and "describe heal" in said
 
