@@ -451,7 +451,7 @@ def test_the_other_sections(opened, root):
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     page.locator(".copied button").click()
     tab.until("() => document.querySelector('.copied button').textContent === 'Copied'")
-    assert page.evaluate("navigator.clipboard.readText()") == reproduce(load(root))
+    assert page.evaluate("navigator.clipboard.readText()") == reproduce(load(root).manifest, load(root).settings)
     link = page.locator("#pure a.id").first
     rollout_id = unquote(link.get_attribute("href").removeprefix("#rollout="))
     assert rollout_id in {row["rollout_id"] for row in stored(root)}

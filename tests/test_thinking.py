@@ -284,7 +284,8 @@ def test_the_report_shows_rollouts_whole(thought):
     data = load_report(thought.run.root)
     for row in thought.rows[::5]:
         shown = view(data, row)
-        assert "".join(token.text for step in shown.steps for token in step.tokens).startswith(row["text"])
+        assert "".join(shown.texts).startswith(row["text"])
+        assert [text for step in shown.steps for text in step.texts] == list(shown.texts[: shown.after])
         starts = row["step_starts"] or [0]
         assert [step.kept for step in shown.steps] == [start < (row["kept_tokens"] or 0) for start in starts]
 
