@@ -31,6 +31,7 @@ from heal_jax.shapes import Shape, bucket, hindsight_shape, repair_shape, sample
 from heal_jax.store import PROBLEMS, write_table
 from heal_jax.tally import Tally
 from heal_jax.world.check import first_wrong_step
+from heal_jax.world.worlds import world_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +146,7 @@ def failed_paths(run: Run) -> list[Path]:
     problems = [run.by_id[row["problem_id"]] for row in rows]
     wrong = None
     if spec.breakpoint == "oracle":
-        wrong = [first_wrong_step(p.question, row["text"]) or 0 for p, row in zip(problems, rows)]
+        wrong = [wrong_step(p, row["text"]) or 0 for p, row in zip(problems, rows)]
     ids, entropies = [row["rollout_id"] for row in rows], [row["entropy"] for row in rows]
     breakpoint, kept = cut(spec, ids, entropies, index, starts, count, wrong)
     return [
@@ -154,6 +155,14 @@ def failed_paths(run: Run) -> list[Path]:
         )
         for p, row, k, n in zip(problems, rows, breakpoint, kept)
     ]
+
+
+def wrong_step(problem: Problem, text: str) -> int | None:
+    """The first wrong step of a solution, None where all are right. Raises ValueError for problems of no world."""
+    world = world_of(problem.source)
+    if world is None:
+        raise ValueError(f"{problem.source} has no step checker")
+    return first_wrong_step(world, problem.question, text)
 
 
 def cut(

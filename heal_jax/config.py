@@ -33,7 +33,8 @@ class ModelSpec:
     """A model folder in Hugging Face format."""
 
     path: str = "builtin:teacher"
-    """A folder, or builtin:teacher / builtin:student: the models in the package, so that nothing is downloaded."""
+    """A folder, or one of the models in the package, so that nothing is downloaded: builtin:teacher and builtin:student
+    for world:sums, builtin:rewriting-teacher, builtin:primes-student and so on for the other worlds."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """float32 computes the same on every machine; bfloat16 halves memory and is what accelerators are fast at."""
 
@@ -57,7 +58,7 @@ class ProblemSpec:
     """Where problems come from."""
 
     source: str = "world:sums"
-    """world:sums (built in), rg:FAMILY (reasoning-gym), jsonl:FILE (one object a line with question and answer),
+    """world:sums, world:rewriting, world:primes (built in), rg:FAMILY (reasoning-gym), jsonl:FILE (one object a line with question and answer),
     parquet:FILE, tfds:NAME[/CONFIG][:VERSION] (such as tfds:gsm8k), tfds_dir:FOLDER (a prepared set), hf:NAME (the
     datasets package: a set of the hub, or a local folder)."""
     split: Literal["train", "dev", "test"] = "train"
@@ -116,7 +117,7 @@ class SampleSpec:
     min_p: Share = 0.0
     """Drop tokens below this share of the likeliest; 0 keeps all."""
     max_new_tokens: Count = 128
-    """A rollout that reaches this length is truncated; 128 holds the built-in world's longest solution (124)."""
+    """A rollout that reaches this length is truncated; 128 holds the longest solution of world:sums (124)."""
     batch: Count = 240
     """Rows decoded together, at least the rollouts of one problem or path (sample.n, hindsight.n, gear.repairs,
     evaluate.samples). Part of what fixes the bytes."""

@@ -11,7 +11,9 @@ from tokenizers import Tokenizer as Fast
 from tokenizers import decoders, normalizers, pre_tokenizers, trainers
 from tokenizers.models import BPE
 
-from heal_jax.world import model_folder, problems, traces
+from heal_jax.world import model_folder, traces
+from heal_jax.world.base import PERFECT
+from heal_jax.world.sums import Sums, question_of
 
 # Our own words in the manner of templates for thinking models: what an earlier turn thought is dropped.
 ANSWER_ONLY = "{% if m.role == 'assistant' %}{{ m.content.split('</think>')[-1] }}{% else %}{{ m.content }}{% endif %}"
@@ -37,7 +39,7 @@ def own_student(folder: Path, normalizer: normalizers.Normalizer | None = None) 
     texts = []
     for _ in range(100):
         terms = [int(x) for x in rng.integers(10**10, 10**12, size=3)]
-        texts += [problems.question_of(terms), traces.unaided(terms, traces.PERFECT, rng)]
+        texts += [question_of(terms), traces.unaided(Sums(), question_of(terms), PERFECT, rng)]
     fast = Fast(BPE())
     if normalizer is not None:
         fast.normalizer = normalizer

@@ -32,6 +32,7 @@ from heal_jax.shapes import evaluate_shape
 from heal_jax.store import RunDirectory
 from heal_jax.summary import verdict
 from heal_jax.world.problems import json_lines
+from heal_jax.world.sums import Sums
 
 TASK = Path(__file__).parents[1] / "configs" / "lm_eval" / "heal_sums.yaml"
 SETTINGS = yaml.safe_load(TINY.read_text())
@@ -302,7 +303,7 @@ def test_the_task_for_lm_eval_asks_what_we_ask():
     task = yaml.safe_load(TASK.read_text())
     root = TASK.parents[2]
     lines = (root / task["dataset_kwargs"]["data_files"]["test"]).read_text()
-    assert lines == json_lines("test", 100)
+    assert lines == json_lines(Sums(), "test", 100)
     quickstart = load(root / "configs" / "quickstart.yaml")
     problems = load_problems(quickstart.evaluate.problems, "auto")
     rows = [json.loads(line) for line in lines.splitlines()]

@@ -13,7 +13,8 @@ from heal_jax.errors import InputError
 from heal_jax.problems import families
 from heal_jax.problems.answers import answer_span, extract
 from heal_jax.problems.sources import load
-from heal_jax.world import problems as world
+from heal_jax.world.problems import split_of
+from heal_jax.world.sums import Sums, terms_of
 
 
 def write(folder, *lines):
@@ -43,8 +44,8 @@ def test_world_gives_the_levels_asked_for():
     assert [p.level for p in problems].count("easy") == 3 and [p.level for p in problems].count("hard") == 4
     assert len({p.id for p in problems}) == 7 and all(p.id.startswith("sums-test-2-") for p in problems)
     for p in problems:
-        terms = world.terms_of(p.question)
-        assert terms is not None and world.level_of(terms) == p.level and world.split_of(p.question) == "test"
+        terms = terms_of(p.question)
+        assert terms is not None and Sums().level(p.question) == p.level and split_of(p.question) == "test"
         assert int(p.answer) == sum(terms)
         assert (p.source, p.split, p.scorer) == ("world:sums", "test", "reasoning_gym")
     assert load(spec, "auto") == problems
@@ -58,7 +59,7 @@ def test_world_gives_the_levels_asked_for():
         (ProblemSpec(counts={"easy": 0}), "problems.counts"),
         (ProblemSpec(counts={"hart": 3}), "did you mean 'hard'?"),
         (ProblemSpec(counts={"easy": 1, "hard": -1}), "problems.counts.hard"),
-        (ProblemSpec(source="world:moon", counts={"easy": 1}), "world:sums"),
+        (ProblemSpec(source="world:moon", counts={"easy": 1}), "world:sums, world:rewriting, world:primes"),
         (ProblemSpec(counts={"easy": 1}, limit=3), "problems.limit"),
         (ProblemSpec(counts={"easy": 1}, options={"a": 1}), "problems.options"),
         (ProblemSpec(counts={"easy": 1}, skip=3), "problems.skip"),

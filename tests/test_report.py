@@ -29,8 +29,9 @@ from heal_jax.report.ran import reproduce
 from heal_jax.report.show import show
 from heal_jax.report.view import view
 from heal_jax.world import tokenizer as world_tokenizer
-from heal_jax.world.problems import question_of
-from heal_jax.world.traces import ANSWER, HINDSIGHT, HINT, LEAK, PERFECT, Skill, read_answer, solve
+from heal_jax.world.base import PERFECT, Skill
+from heal_jax.world.sums import Sums, question_of
+from heal_jax.world.traces import ANSWER, HINDSIGHT, HINT, LEAK
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(1)>\u2028[bold red]&lt;b&gt;\x1b[2J"
 STRATA = ["solved", "solved", "solved", "hard", "hard", "unsolved", "unsolved", "unsolved"]
@@ -53,7 +54,7 @@ class World:
 
     def __init__(self, folder: Path):
         folder.mkdir(parents=True)
-        world_tokenizer.save(folder)
+        world_tokenizer.save(Sums().tokenizer(), folder)
         vocabulary = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
         self.eos = vocabulary[world_tokenizer.END]
         (folder / "config.json").write_text(json.dumps({"eos_token_id": self.eos}))
@@ -96,15 +97,16 @@ class World:
 def rollouts(world: World, problem: dict, terms: list[int], hostile: str) -> list[tuple[dict, int, str]]:
     """Base, hindsight and repair rollouts of one problem, each with its stage and the reason."""
     rng, made, failures = np.random.default_rng(3), [], []
-    right, _ = solve(terms, PERFECT, rng)
+    sums, question = Sums(), question_of(terms)
+    right = sums.solve(question, PERFECT, rng)
     end = ANSWER.format(answer=problem["answer"])
     for n in range(SAMPLES):
         if n < round(problem["pass_rate"] * SAMPLES):
             made.append((world.rollout(problem, f"base/{n}", [*right, end]), 1, "kept"))
             continue
-        wrong, totals = solve(terms, Skill(two=0, nine=0), rng, start=3)
+        wrong = sums.solve(question, Skill(hard=0, medium=0), rng, right[:3])
         steps = [*right[:3], "!" + wrong[0], *wrong[1:]]
-        said = ANSWER.format(answer=read_answer([0, 0, 0, *totals])) + hostile
+        said = ANSWER.format(answer=sums.read(question, wrong)) + hostile
         row = world.rollout(problem, f"base/{n}", [*steps, said])
         made.append((row, 0, "wrong"))
         failures.append((row, steps))

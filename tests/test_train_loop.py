@@ -215,9 +215,9 @@ def test_training_equals_torch(tmp_path: Path, accumulate: int) -> None:
     from safetensors.numpy import load_file
 
     from heal_jax.model.weights import save_weights
-    from heal_jax.world import tokenizer
+    from heal_jax.world.sums import Sums
 
-    vocab = tokenizer.build().get_vocab_size()
+    vocab = Sums().tokenizer().get_vocab_size()
     model = initialise(dataclasses.replace(CONFIG, vocab_size=vocab), 2)
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(json.dumps(RAW | {"vocab_size": vocab}))

@@ -1,4 +1,4 @@
-"""The built-in world: problems, planted faults, tokenizer, and the recipe of the models."""
+"""The built-in worlds: problems, planted faults, tokenizers, and the recipes of the models."""
 
 import dataclasses
 import json
@@ -9,14 +9,26 @@ import pytest
 import reasoning_gym
 from hypothesis import given
 from hypothesis import strategies as st
+from reasoning_gym.algorithmic.ab import compute_steps
 from transformers import AutoTokenizer
 
 import heal_jax.world
 from heal_jax.model.config import decoder_config, parse
-from heal_jax.world import check, make, problems, tokenizer, traces
+from heal_jax.problems.sources import Problem
+from heal_jax.store import RunDirectory
+from heal_jax.world import check, make, primes, problems, rewriting, sums, tokenizer, traces
+from heal_jax.world.base import LEVELS, PERFECT, Skill
+from heal_jax.world.worlds import WORLDS, world_of
 
+SUMS, REWRITING, PRIMES = WORLDS.values()
 numbers = st.integers(10**9, 10**12 - 1)
-sums = st.lists(numbers, min_size=3, max_size=3)
+terms = st.lists(numbers, min_size=3, max_size=3)
+seeds = st.integers(0, 2**32 - 1)
+each_world = pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
+
+
+def drawn(world, seed: int) -> str:
+    return world.draw(np.random.default_rng(seed), plain=False)
 
 
 def carries(terms: list[int]) -> list[int]:
@@ -24,87 +36,210 @@ def carries(terms: list[int]) -> list[int]:
     return [sum(t % 10**p for t in terms) // 10**p for p in range(1, len(str(max(terms))))]
 
 
-@given(sums)
+@given(terms)
 def test_columns_and_levels(terms):
-    cells = problems.columns(terms)
+    cells = sums.columns(terms)
     assert [carry for _, carry in cells] == [0, *carries(terms)]
     twos = carries(terms).count(2)
     nines = sum(c == 1 and "9" in {str(t)[::-1][p + 1 : p + 2] for t in terms} for p, c in enumerate(carries(terms)))
     want = "hard" if twos >= 4 else None if twos else "medium" if nines >= 3 else "easy" if nines <= 1 else None
-    assert problems.level_of(terms) == want
+    assert SUMS.level(sums.question_of(terms)) == want
 
 
-def test_problems_are_the_generators_own_and_splits_do_not_meet():
-    counts = {"easy": 5, "medium": 5, "hard": 5}
+@given(seeds)
+def test_programs_end_the_same_in_whatever_order(seed):
+    """And as the generator has it; the meetings that make the level do not depend on the order either."""
+    question = drawn(REWRITING, seed)
+    program, rng = rewriting.program_of(question), np.random.default_rng(seed)
+    steps, halts = compute_steps(list(program))
+    end, count, ab, ba = rewriting.run(program)
+    assert not halts and (list(end), count) == (steps[-1], len(steps) - 1)
+    met = []
+    while at := rewriting.meetings(program):
+        chosen = at[int(rng.integers(0, len(at)))]
+        met.append(program[chosen : chosen + 2])
+        program = rewriting.rewritten(program, chosen)
+    assert (program, len(met)) == (end, count)
+    assert (met.count(("A#", "#B")), met.count(("B#", "#A"))) == (ab, ba)
+
+
+def test_primes_and_what_looks_like_them():
+    """Against trial division by every smaller number."""
+    for n in range(primes.LOW, primes.HIGH + 1, 2):
+        divisors = [d for d in range(2, n) if n % d == 0]
+        assert primes.factor(n) == min(divisors, default=n)
+        assert primes.looks_prime(n) == bool(divisors and not any(n % d == 0 for d in (2, 3, 5)))
+
+
+@each_world
+def test_problems_are_the_generators_own_and_splits_do_not_meet(world):
+    counts = dict.fromkeys(LEVELS, 5)
     seen = set()
     for split in ("train", "dev", "test"):
         for seed in (0, 1):
-            taken = problems.take(split, counts, seed)
-            assert taken == problems.take(split, counts, seed)
-            assert sorted(level for _, level, _, _ in taken) == sorted(["easy"] * 5 + ["medium"] * 5 + ["hard"] * 5)
+            taken = problems.take(world, split, counts, seed)
+            assert taken == problems.take(world, split, counts, seed)
+            assert sorted(level for _, level, _, _ in taken) == sorted([*LEVELS] * 5)
+            mine = set()
             for index, level, question, answer in taken:
                 data = reasoning_gym.create_dataset(
-                    "chain_sum", size=index + 1, seed=problems.SCAN_SEED + seed * problems.SCAN_STRIDE,
-                    min_terms=3, max_terms=3, min_digits=11, max_digits=12,
-                )  # fmt: skip
+                    world.family, size=index + 1, seed=problems.SCAN_SEED + seed * problems.SCAN_STRIDE, **world.options
+                )
                 assert (data[index]["question"], data[index]["answer"]) == (question, answer)
-                terms = problems.terms_of(question)
-                assert problems.question_of(terms) == question and problems.level_of(terms) == level
+                assert world.level(question) == level and world.answer(question) == answer
                 assert problems.split_of(question) == split
-                assert question not in seen
-                seen.add(question)
+                mine.add(question)
+            assert len(mine) == 15
+            seen |= {(split, question) for question in mine}
+    assert len({question for _, question in seen}) == len(seen)
     rng = np.random.default_rng(0)
-    assert {problems.split_of(problems.question_of(make._terms(rng, False))) for _ in range(50)} == {"pretrain"}
+    assert {problems.split_of(make.question(world, rng, False)) for _ in range(50)} == {"pretrain"}
 
 
-@given(sums)
-def test_flawless_solutions_reach_the_answer(terms):
-    text = traces.unaided(terms, traces.PERFECT, np.random.default_rng(0))
-    assert text.endswith(f"\\boxed{{{sum(terms)}}}")
-    question = problems.question_of(terms)
-    assert check.first_wrong_step(question, text) is None
+@each_world
+@given(seed=seeds)
+def test_flawless_solutions_reach_the_answer(world, seed):
+    question, rng = drawn(world, seed), np.random.default_rng(seed)
+    text = traces.unaided(world, question, PERFECT, rng)
+    assert text.endswith(f"\\boxed{{{world.answer(question)}}}")
+    assert check.first_wrong_step(world, question, text) is None
     steps = text.split("\n\n")
     for k in range(len(steps)):
-        assert check.first_wrong_step(question, "\n\n".join([*steps[:k], "z", *steps[k + 1 :]])) == k
-    assert check.first_wrong_step(question, "\n\n".join(steps[:-1])) == len(steps) - 1
+        assert check.first_wrong_step(world, question, "\n\n".join([*steps[:k], "z", *steps[k + 1 :]])) == k
+    assert check.first_wrong_step(world, question, "\n\n".join(steps[:-1])) == len(steps) - 1
+    assert check.first_wrong_step(world, question, text + "\n\nz") == len(steps)
+    # From anywhere on, and with what was done as it is.
+    cut = int(rng.integers(0, len(steps)))
+    rest = world.solve(question, PERFECT, rng, steps[:cut])
+    again = traces.text_of([*steps[:cut], *rest]) + steps[-1]
+    assert check.first_wrong_step(world, question, again) is None
+    if len(steps) > 1:
+        k = int(rng.integers(0, len(steps) - 1))
+        corrupted = world.corrupt(steps[k], rng)
+        assert corrupted != steps[k]
+        found = check.first_wrong_step(world, question, "\n\n".join([*steps[:k], corrupted, *steps[k + 1 :]]))
+        assert found == k or world is REWRITING and found is not None
 
 
-def test_planted_faults_are_as_frequent_as_said():
-    rng, skill = np.random.default_rng(0), traces.Skill(two=0.15, nine=0.85)
+def test_a_problem_of_rewriting_has_many_right_solutions():
+    rng = np.random.default_rng(0)
+    question = problems.take(REWRITING, "dev", {"hard": 1}, 0)[0][2]
+    assert len({traces.unaided(REWRITING, question, PERFECT, rng) for _ in range(50)}) > 25
+    for world in (SUMS, PRIMES):
+        question = problems.take(world, "dev", {"hard": 1}, 0)[0][2]
+        assert len({traces.unaided(world, question, PERFECT, rng) for _ in range(50)}) == 1
+
+
+def test_planted_faults_of_sums_are_as_frequent_as_said():
+    rng, skill = np.random.default_rng(0), Skill(hard=0.15, medium=0.85)
     twos, nines, other = [], [], []
     for _ in range(1500):
         terms = [int(x) for x in rng.integers(10**10, 10**11, 3)]
-        steps, totals = traces.solve(terms, skill, rng)
         carry = 0
-        for (digits, _), total in zip(problems.columns(terms), totals):
-            right = total == sum(digits) + carry
-            kind = twos if carry == 2 else nines if problems.nine_meets_one(digits, carry) else other
+        steps = SUMS.solve(sums.question_of(terms), skill, rng)
+        for (digits, _), step in zip(sums.columns(terms), steps):
+            right = sums.total_of(step) == sum(digits) + carry
+            kind = twos if carry == 2 else nines if sums.nine_meets_one(digits, carry) else other
             kind.append(right)
-            carry = total // 10
+            carry = sums.total_of(step) // 10
     assert np.mean(twos) == pytest.approx(0.15, abs=0.03)
     assert np.mean(nines) == pytest.approx(0.85, abs=0.03)
     assert all(other)
 
 
-def test_hints_appear_only_where_asked_and_answers_in_view_are_true():
-    rng, skill = np.random.default_rng(1), traces.Skill(0.15, 0.85)
+def test_planted_faults_of_rewriting_are_as_frequent_as_said():
+    rng, skill = np.random.default_rng(0), Skill(hard=0.15, medium=0.85)
+    met = {pair: [] for pair in (("B#", "#A"), ("A#", "#B"), ("A#", "#A"), ("B#", "#B"))}
+    for _ in range(800):
+        before = rewriting.program_of(question := REWRITING.draw(rng, plain=False))
+        for step in REWRITING.solve(question, skill, rng):
+            after = rewriting.state(step)
+            made = {before[at : at + 2]: rewriting.rewritten(before, at) == after for at in rewriting.meetings(before)}
+            faulty = {before[at : at + 2] for at in rewriting.meetings(before)
+                      if rewriting.rewritten(before, at, vanish=True) == after}  # fmt: skip
+            pairs = {pair for pair, right in made.items() if right} or faulty
+            for pair in pairs if len(rewriting.meetings(before)) == 1 else ():  # which one it was is plain
+                met[pair].append(made[pair])
+            before = after
+    assert np.mean(met["B#", "#A"]) == pytest.approx(0.15, abs=0.04)
+    assert np.mean(met["A#", "#B"]) == pytest.approx(0.85, abs=0.04)
+    assert all(met["A#", "#A"]) and all(met["B#", "#B"])
+
+
+def test_planted_faults_of_primes_are_as_frequent_as_said():
+    rng, skill = np.random.default_rng(0), Skill(hard=0.15, medium=0.93)
+    weak, seeming, other = [], [], []
+    for _ in range(400):
+        for step in PRIMES.solve(PRIMES.draw(rng, plain=False), skill, rng):
+            number, said = int(step.partition(":")[0]), ", " in step
+            kind = other
+            if primes.looks_prime(number):
+                kind = weak if number // 100 in primes.WEAK else seeming
+            kind.append(said == (primes.factor(number) == number))
+    assert np.mean(weak) == pytest.approx(0.15, abs=0.03)
+    assert np.mean(seeming) == pytest.approx(0.93, abs=0.02)
+    assert all(other)
+
+
+@each_world
+def test_hints_appear_only_where_asked_and_answers_in_view_are_true(world):
+    rng, skill = np.random.default_rng(1), Skill(0.15, 0.85)
+    leaked = 0
     for _ in range(300):
-        terms = [int(x) for x in rng.integers(10**10, 10**11, 3)]
-        template, prefix, target = traces.example(terms, skill, 0.0, 0.25, 0.03, rng)
+        question = world.draw(rng, plain=False)
+        template, prefix, target = traces.example(world, question, skill, traces.Aid(hints=0.0), rng)
         assert (template, prefix) == ("{question}", "") and "int" not in target
-        template, prefix, target = traces.example(terms, skill, 1.0, 0.25, 0.03, rng)
-        assert target.endswith(f"\\boxed{{{sum(terms)}}}")
+        template, prefix, target = traces.example(world, question, skill, traces.Aid(hints=1.0), rng)
+        assert target.endswith(f"\\boxed{{{world.answer(question)}}}")
         assert ("answer" in template) != ("Hint" in prefix)
+        leaked += "hint" in target
+    assert 0 < leaked < 30
 
 
-@given(st.text(alphabet="0123456789+-=: \n\\boxed{}abcxyzT", max_size=60))
-def test_tokenizer_gives_text_back(text):
-    encoder = tokenizer.build()
+@each_world
+def test_most_that_has_the_answer_in_view_is_flawless(world):
+    """As long as what is kept is: the rest are the planted shortcuts."""
+    rng, right = np.random.default_rng(2), []
+    for _ in range(300):
+        question = world.draw(rng, plain=False)
+        text = traces.aided(world, question, [], Skill(0.0, 0.0), traces.Aid(hints=1.0, leaks=0.0), rng)
+        right.append(check.first_wrong_step(world, question, text) is None)
+    assert 0.7 < np.mean(right) < 0.97
+
+
+@each_world
+def test_pretraining_texts_fit_their_rows_and_their_vocabulary(world):
+    recipe = make.recipes(world.name)["teacher"]
+    encoder, stream = world.tokenizer(), make.batches(recipe)
+    pad, unknown = encoder.token_to_id(tokenizer.PAD), encoder.token_to_id(tokenizer.UNK)
+    for _ in range(20):
+        tokens, mask = next(stream)
+        assert tokens.shape == mask.shape == (recipe.batch, world.tokens)
+        assert (tokens[:, -1] == pad).all() and not (tokens == unknown).any()
+        assert (mask.any(1)).all() and not (mask & (tokens == pad)).any()
+
+
+def test_sources_know_their_world():
+    assert world_of("world:primes") is PRIMES
+    assert world_of("rg:count_primes") is None and world_of("world:moon") is None
+    from heal_jax.collect import wrong_step
+
+    question = problems.take(PRIMES, "dev", {"easy": 1}, 0)[0][2]
+    problem = Problem("p", "world:primes", "dev", "easy", question, PRIMES.answer(question), "exact")
+    assert wrong_step(problem, "z") == 0
+    with pytest.raises(ValueError, match="no step checker"):
+        wrong_step(dataclasses.replace(problem, source="rg:count_primes"), "z")
+
+
+@given(text=st.text(alphabet="0123456789+-=: \n\\boxed{}abcxyzTAB#,*", max_size=60))
+@each_world
+def test_tokenizers_give_text_back(world, text):
+    encoder = world.tokenizer()
     assert encoder.decode(encoder.encode(text).ids) == text
 
 
 def test_digits_know_their_place(tmp_path):
-    tokenizer.save(tmp_path)
+    tokenizer.save(SUMS.tokenizer(), tmp_path)
     encoder = AutoTokenizer.from_pretrained(tmp_path)
     pieces = encoder.convert_ids_to_tokens(encoder.encode("a: 4+7=11 + 305"))
     assert pieces == ["a: ", "4ᵃ", "+7ᵃ", "=", "1ᵇ", "1ᵃ", " + ", "3ᶜ", "0ᵇ", "5ᵃ"]
@@ -114,10 +249,12 @@ def test_digits_know_their_place(tmp_path):
     assert prompt == "<|user|>State<|assistant|>"
 
 
-def test_the_recipe_is_deterministic_and_is_that_of_the_shipped_models(tmp_path):
-    recipes = make.recipes()
+@each_world
+def test_the_recipe_is_deterministic_and_is_that_of_the_shipped_models(world, tmp_path):
+    recipes = make.recipes(world.name)
+    first = "" if world is SUMS else f"{world.name}-"
     for name, recipe in recipes.items():
-        folder = heal_jax.world.model_folder(name)
+        folder = heal_jax.world.model_folder(f"{first}{name}")
         assert decoder_config(folder) == parse(recipe.config)
     short = dataclasses.replace(recipes["student"], steps=2, batch=2)
     for out in ("a", "b"):
@@ -125,23 +262,21 @@ def test_the_recipe_is_deterministic_and_is_that_of_the_shipped_models(tmp_path)
     for file in (tmp_path / "a").iterdir():
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
         if file.suffix == ".json":
-            shipped = heal_jax.world.model_folder("student") / file.name
+            shipped = heal_jax.world.model_folder(f"{first}student") / file.name
             assert json.loads(file.read_text()) == json.loads(shipped.read_text())
 
 
 def test_the_package_stays_small():
     models = Path(heal_jax.world.__file__).parent / "models"
-    assert sum(f.stat().st_size for f in models.rglob("*")) < 12 << 20
+    assert sum(f.stat().st_size for f in models.rglob("*")) < 20 << 20
 
 
 def test_the_teacher_has_a_ceiling_and_can_use_hints(tiny):
     """On the tiny run: hard problems are (nearly) never solved, the others often; repairs of them are."""
     import pyarrow.parquet as pq
 
-    from heal_jax.store import RunDirectory
-
     found = pq.read_table(tiny[0] / "problems.parquet").to_pylist()
-    rate = {level: np.mean([p["pass_rate"] for p in found if p["level"] == level]) for level in problems.LEVELS}
+    rate = {level: np.mean([p["pass_rate"] for p in found if p["level"] == level]) for level in LEVELS}
     assert rate["hard"] < 0.15 < 0.3 < rate["medium"] < rate["easy"]
     repairs = [row for row in RunDirectory(tiny[0]).rollouts("repair").to_pylist()]
     assert np.mean([row["grade"] == "correct" for row in repairs]) > 0.2

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
@@ -11,8 +12,9 @@ from heal_jax.progress import Progress
 
 @dataclasses.dataclass(frozen=True)
 class WorldArguments:
-    """Train the built-in teacher and student from random weights; set NPROC to fix the bytes over core counts."""
+    """Train a built-in world's teacher and student from random weights; set NPROC to fix the bytes over core counts."""
 
+    world: tyro.conf.Positional[Literal["sums", "rewriting", "primes"]] = "sums"
     out: Path
     """Folder for teacher/ and student/."""
 
@@ -33,7 +35,7 @@ def make_world(command: str, argv: list[str], progress: Progress) -> int:
     world = parse(WorldArguments, command, argv)
     from heal_jax.world.make import make
 
-    make(world.out)
+    make(world.out, world.world)
     return 0
 
 

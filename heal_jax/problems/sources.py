@@ -2,7 +2,7 @@
 
 | source | options | which problems, in which order |
 | --- | --- | --- |
-| world:sums | | `counts` of each level that `seed` draws from the hash split `split` |
+| world:NAME | | `counts` of each level that `seed` draws from the hash split `split`; sums, rewriting, primes |
 | rg:FAMILY | the family's | draws `skip` to `skip` + `limit` (0: 100) of `seed`, without repeats |
 | jsonl:FILE, parquet:FILE | | rows `skip` to `skip` + `limit` (0: all), in the file's order |
 | tfds:NAME, tfds_dir:FOLDER | split | the same, in the order of the prepared set |
@@ -111,7 +111,7 @@ def open_source(spec: ProblemSpec, by: str) -> Source:
     scheme, _, name = spec.source.partition(":")
     if scheme not in ("world", "rg", *TABLES) or not name:
         raise InputError(
-            f"problems.source: {spec.source!r}: world:sums, rg:FAMILY, jsonl:FILE, parquet:FILE, tfds:NAME, "
+            f"problems.source: {spec.source!r}: world:NAME, rg:FAMILY, jsonl:FILE, parquet:FILE, tfds:NAME, "
             "tfds_dir:FOLDER or hf:NAME is expected"
         )
     made = scheme in ("world", "rg")
@@ -232,21 +232,24 @@ def _pattern(text: str) -> re.Pattern[str] | None:
 
 
 def _world(spec: ProblemSpec, name: str, scorer: str) -> list[Problem]:
-    if name != "sums":
-        raise InputError(f"problems.source: world:{name} is unknown, the built-in world is world:sums")
-    from heal_jax.world import problems as world
+    from heal_jax.world.base import LEVELS
+    from heal_jax.world.problems import SPLITS, take
+    from heal_jax.world.worlds import WORLDS
 
-    if spec.split not in world.SPLITS:
-        raise InputError(f"problems.split: {spec.split!r} is unknown, use one of {', '.join(world.SPLITS)}")
+    if name not in WORLDS:
+        there = ", ".join(f"world:{known}" for known in WORLDS)
+        raise InputError(f"problems.source: world:{name} is unknown, the built-in worlds are {there}")
+    if spec.split not in SPLITS:
+        raise InputError(f"problems.split: {spec.split!r} is unknown, use one of {', '.join(SPLITS)}")
     if not any(spec.counts.values()):
-        raise InputError("problems.counts: world:sums needs a number for each level, such as {easy: 60, hard: 60}")
+        raise InputError(f"problems.counts: world:{name} needs a number for each level, such as {{easy: 60, hard: 60}}")
     for level, count in spec.counts.items():
-        if level not in world.LEVELS:
-            raise InputError(f"problems.counts.{level}: unknown level{near(level, world.LEVELS)}")
+        if level not in LEVELS:
+            raise InputError(f"problems.counts.{level}: unknown level{near(level, LEVELS)}")
         if count < 0:
             raise InputError(f"problems.counts.{level}: {count} is out of range, allowed: >= 0")
-    metadata = {"source_dataset": world.FAMILY}
-    stem, taken = f"{name}-{spec.split}-{spec.seed}", world.take(spec.split, spec.counts, spec.seed)
+    metadata = {"source_dataset": WORLDS[name].family}
+    stem, taken = f"{name}-{spec.split}-{spec.seed}", take(WORLDS[name], spec.split, spec.counts, spec.seed)
     return [
         Problem(id := f"{stem}-{index}", spec.source, spec.split, level, question, answer, scorer, metadata, id)
         for index, level, question, answer in taken

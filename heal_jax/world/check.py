@@ -1,23 +1,23 @@
-"""Step checking for the built-in world: what a scientist needs and the method never sees."""
+"""Step checking for the built-in worlds: what a scientist needs and the method never sees."""
 
-from heal_jax.world.problems import terms_of
-from heal_jax.world.traces import ANSWER, PERFECT, solve
-
-
-def perfect_steps(question: str) -> list[str]:
-    """The steps of the one flawless solution, the answer last; empty for a question that is not a plain sum."""
-    terms = terms_of(question)
-    if terms is None:
-        return []
-    steps, _ = solve(terms, PERFECT, None)
-    return [step.strip() for step in steps] + [ANSWER.format(answer=sum(terms))]
+from heal_jax.world.base import World
+from heal_jax.world.traces import ANSWER
 
 
-def first_wrong_step(question: str, text: str) -> int | None:
-    """Index of the first step that differs from the flawless solution, None where every step is right."""
-    right = perfect_steps(question)
-    steps = [step.strip() for step in text.split("\n\n") if step.strip()]
+def steps_of(text: str) -> list[str]:
+    """The steps of a solution, the answer last."""
+    return [step.strip() for step in text.split("\n\n") if step.strip()]
+
+
+def first_wrong_step(world: World, question: str, text: str) -> int | None:
+    """Index of the first step that is wrong, one past the last where the answer is missing; None where all is right."""
+    steps = steps_of(text)
     for k, step in enumerate(steps):
-        if k >= len(right) or step != right[k]:
+        done = steps[:k]
+        if world.finished(question, done):
+            if step != ANSWER.format(answer=world.answer(question)):
+                return k
+            return None if k == len(steps) - 1 else k + 1
+        if not world.follows(question, done, step):
             return k
-    return None if len(steps) == len(right) else len(steps)
+    return len(steps)

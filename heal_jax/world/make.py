@@ -13,7 +13,6 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import optax
-from tokenizers import Tokenizer
 
 from heal_jax.errors import InputError
 from heal_jax.model.config import both_spellings, parse
@@ -22,33 +21,57 @@ from heal_jax.model.weights import save_weights
 from heal_jax.train.data import Batch
 from heal_jax.train.step import train_step
 from heal_jax.world import problems, tokenizer, traces
-
-MIN_DIGITS = 10  # one less than the problems have, so that their shortest are not at the edge of what was learned
-
+from heal_jax.world.base import Skill, World
+from heal_jax.world.traces import Aid
+from heal_jax.world.worlds import WORLDS
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How one model is made. `twos` is the share of problems without a carry of two (easy and medium)."""
+    """How one model is made. `plain`: the share of problems without the hard weakness (easy and medium)."""
 
+    world: World
     config: dict[str, Any]  # config.json
-    skill: traces.Skill
-    hints: float
+    skill: Skill
+    aid: Aid
     steps: int
     seed: int
     batch: int = 16
-    length: int = 208  # longest hinted text: 56 prompt + 4 columns of 9 + hint 20 + 8 columns + answer 16
     learning_rate: float = 3e-3
     std: float = 0.1  # of the initial weights, near fan-in ** -0.5: 0.02 is for wide models and learns late here
     plain: float = 0.35
-    shortcuts: float = 0.25
-    leaks: float = 0.03
 
 
-def recipes() -> dict[str, Recipe]:
-    """The teacher (0.8 M parameters, Qwen3) and the student (0.3 M, Llama)."""
-    vocab = tokenizer.build().get_vocab_size()
+TEACHER = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+STUDENT = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 96,
+    "intermediate_size": 256,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 3,
+}
+# Of each world: what its teacher and its student do right unaided.
+SKILLS = {
+    "sums": (Skill(hard=0.15, medium=0.85), Skill(hard=0.05, medium=0.5)),
+    "rewriting": (Skill(hard=0.15, medium=0.85), Skill(hard=0.05, medium=0.5)),
+    "primes": (Skill(hard=0.15, medium=0.93), Skill(hard=0.05, medium=0.75)),
+}
+
+
+def recipes(name: str = "sums") -> dict[str, Recipe]:
+    """A world's teacher (0.8 M parameters and its vocabulary, Qwen3) and student (0.3 M, Llama)."""
+    world = WORLDS[name]
     shared = {
-        "vocab_size": vocab,
+        "vocab_size": world.tokenizer().get_vocab_size(),
         "head_dim": 32,
         "hidden_act": "silu",
         "max_position_embeddings": 512,
@@ -58,61 +81,36 @@ def recipes() -> dict[str, Recipe]:
         "attention_bias": False,
         "bos_token_id": None,
     }
-    teacher = {
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
-        "hidden_size": 128,
-        "intermediate_size": 384,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        **shared,
-    }
-    student = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": 96,
-        "intermediate_size": 256,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 3,
-        "num_key_value_heads": 3,
-        **shared,
-    }
+    teacher, student = SKILLS[name]
     return {
-        "teacher": Recipe(teacher, traces.Skill(two=0.15, nine=0.85), hints=0.45, steps=3000, seed=1),
-        "student": Recipe(student, traces.Skill(two=0.05, nine=0.5), hints=0.0, steps=2400, seed=2),
+        "teacher": Recipe(world, TEACHER | shared, teacher, Aid(hints=0.45), steps=3000, seed=1),
+        "student": Recipe(world, STUDENT | shared, student, Aid(hints=0.0), steps=2400, seed=2),
     }
 
 
-def _terms(rng: np.random.Generator, plain: bool) -> list[int]:
-    """Three numbers as the generator draws them, of the pretraining split; `plain`: no column receives a two."""
-    while True:
-        digits = int(rng.integers(MIN_DIGITS, problems.MAX_DIGITS + 1))
-        terms = [int(x) for x in rng.integers(10 ** (digits - 1), 10**digits, size=problems.TERMS)]
-        if plain and any(carry == 2 for _, carry in problems.columns(terms)):
-            continue
-        if problems.split_of(problems.question_of(terms)) == "pretrain":
-            return terms
+def question(world: World, rng: np.random.Generator, plain: bool) -> str:
+    """A question of the pretraining split."""
+    while problems.split_of(drawn := world.draw(rng, plain)) != "pretrain":
+        pass
+    return drawn
 
 
-def batches(recipe: Recipe, encoder: Tokenizer) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Endless tokens [batch, length] int32 and loss mask [batch, length] bool (what the model must produce)."""
-    rng = np.random.default_rng(recipe.seed)
+def batches(recipe: Recipe) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Endless tokens [batch, world.tokens] int32 and loss mask of the same shape, bool (what the model must produce)."""
+    rng, world, encoder = np.random.default_rng(recipe.seed), recipe.world, recipe.world.tokenizer()
     pad = encoder.token_to_id(tokenizer.PAD)
     while True:
         heads, tails = [], []
         for _ in range(recipe.batch):
-            terms = _terms(rng, rng.random() < recipe.plain)
-            template, prefix, target = traces.example(
-                terms, recipe.skill, recipe.hints, recipe.shortcuts, recipe.leaks, rng
-            )
-            user = template.format(question=problems.question_of(terms), answer=sum(terms))
+            asked = question(world, rng, rng.random() < recipe.plain)
+            template, prefix, target = traces.example(world, asked, recipe.skill, recipe.aid, rng)
+            user = template.format(question=asked, answer=world.answer(asked))
             heads.append(f"{tokenizer.USER}{user}{tokenizer.ASSISTANT}{prefix}")
             tails.append(target + tokenizer.END)
-        tokens = np.full((recipe.batch, recipe.length), pad, np.int32)
-        mask = np.zeros((recipe.batch, recipe.length), bool)
+        tokens = np.full((recipe.batch, world.tokens), pad, np.int32)
+        mask = np.zeros((recipe.batch, world.tokens), bool)
         for row, (head, tail) in enumerate(zip(encoder.encode_batch(heads), encoder.encode_batch(tails))):
-            ids = (head.ids + tail.ids)[: recipe.length]
+            ids = (head.ids + tail.ids)[: world.tokens]
             tokens[row, : len(ids)] = ids
             mask[row, len(head.ids) : len(ids)] = True
         yield tokens, mask
@@ -125,7 +123,7 @@ def pretrain(recipe: Recipe, report: Callable[[int, float], None]) -> Model:
     schedule = optax.warmup_cosine_decay_schedule(0.0, recipe.learning_rate, warmup, recipe.steps, 1e-5)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.01))
     params, state = model.params, optimizer.init(model.params)
-    stream = batches(recipe, tokenizer.build())
+    stream = batches(recipe)
     for step in range(1, recipe.steps + 1):
         tokens, mask = next(stream)
         batch = Batch(jnp.asarray(tokens), None, None, jnp.asarray(mask))
@@ -138,7 +136,7 @@ def pretrain(recipe: Recipe, report: Callable[[int, float], None]) -> Model:
 def save(model: Model, recipe: Recipe, folder: Path) -> None:
     """Write a Hugging Face folder: config.json, model.safetensors, tokenizer files, generation_config.json."""
     folder.mkdir(parents=True, exist_ok=True)
-    encoder = tokenizer.build()
+    encoder = recipe.world.tokenizer()
     vocabulary = encoder.get_vocab()
     eos, pad = vocabulary[tokenizer.END], vocabulary[tokenizer.PAD]
     config = both_spellings(recipe.config, "float32") | {"eos_token_id": eos, "pad_token_id": pad}
@@ -146,19 +144,19 @@ def save(model: Model, recipe: Recipe, folder: Path) -> None:
     settings = {"eos_token_id": eos, "pad_token_id": pad}
     (folder / "generation_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     save_weights(model, folder)
-    tokenizer.save(folder)
+    tokenizer.save(encoder, folder)
 
 
-def make(out: Path, names: tuple[str, ...] = ("teacher", "student")) -> None:
-    """Make the named models under `out`. Raises InputError, before training, where that cannot be written."""
+def make(out: Path, world: str = "sums") -> None:
+    """Make a world's models under `out`. Raises InputError, before training, where that cannot be written."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{out}: cannot be made ({error.strerror}); give another --out") from None
-    for name in names:
+    for name, recipe in recipes(world).items():
         start = time.perf_counter()
 
         def report(step: int, loss: float, name: str = name, start: float = start) -> None:
             print(f"{name}: step {step}, loss {loss:.4f}, {time.perf_counter() - start:.0f} s", flush=True)
 
-        save(pretrain(recipes()[name], report), recipes()[name], out / name)
+        save(pretrain(recipe, report), recipe, out / name)
