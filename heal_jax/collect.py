@@ -5,8 +5,8 @@ A shard is one batch; what is in it depends on the config alone.
 
 import dataclasses
 import functools
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,8 @@ from heal_jax.store import PROBLEMS, write_table
 from heal_jax.tally import Tally
 from heal_jax.world.check import first_wrong_step
 from heal_jax.world.worlds import world_of
+
+MORE = "base-more"  # shards of unaided rollouts beyond sample.n
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +79,35 @@ def sample(run: Run) -> None:
     run.directory.finish("sample", [path], correct=dict(correct), strata=strata)
 
 
+def sample_more(run: Run, budgets: Mapping[str, int]) -> None:
+    """More unaided rollouts in shards of their own, about as many tokens of each problem as its budget.
+
+    They come in blocks of `sample.n` rollouts, numbered on from the first; what a problem's blocks spend less or more
+    than its budget goes to the next problem's, so that all together are met to half a block.
+    """
+    spec = run.config.sample
+    rows = run.directory.rollouts("base").select(["problem_id", "rollout_id", "tokens"]).to_pylist()
+    block = Counter[str]()  # tokens of a problem's first rollouts
+    for row in rows:
+        block[row["problem_id"]] += len(row["tokens"]) if _index(row["rollout_id"]) < spec.n else 0
+    units, owed = [], 0.0
+    for problem in run.problems:
+        owed += budgets.get(problem.id, 0)
+        blocks = max(0, round(owed / block[problem.id])) if budgets.get(problem.id) else 0
+        owed -= blocks * block[problem.id]
+        units += [(problem, 1 + i) for i in range(blocks)]
+    longest = longest_prompt(run)
+    shape = sample_shape(run.config, len(run.problems), longest)
+
+    def group(unit: tuple[Problem, int]) -> Group:
+        problem, number = unit
+        first = number * spec.n
+        ids = tuple(f"{problem.id}/base/{first + i}/s{run.config.seed}" for i in range(spec.n))
+        return Group(run.prompts[problem.id], ids, spec.max_new_tokens)
+
+    _shards(run, "base", units, shape, group, lambda unit: {}, lambda unit: unit[0], longest, MORE)
+
+
 def hindsight(run: Run) -> None:
     """`hindsight.n` rollouts of each hard problem with the answer in the prompt."""
     spec, lm = run.config.sample, run.teacher
@@ -115,7 +146,7 @@ def repair(run: Run) -> None:
     shape = repair_shape(config, len(run.problems), longest + max(map(len, hints.values())))
 
     def group(path: Path) -> Group:
-        parent = path.row["rollout_id"].split("/")[-2]  # its index
+        parent = _index(path.row["rollout_id"])
         ids = tuple(f"{path.problem.id}/repair/{parent}.{i}/s{config.seed}" for i in range(n))
         budget = spec.max_new_tokens - len(path.kept)
         return Group(run.prompts[path.problem.id] + path.kept + hints[path.problem.id], ids, budget)
@@ -194,6 +225,11 @@ def cut(
     return np.asarray(breakpoint), np.asarray(gear.kept_tokens(starts, breakpoint, backup=spec.backup))
 
 
+def _index(rollout_id: str) -> int:
+    """Which of a problem's unaided rollouts it is."""
+    return int(rollout_id.split("/")[-2])
+
+
 def longest_prompt(run: Run) -> int:
     """Tokens of the longest plain prompt."""
     return max(map(len, run.prompts.values()))
@@ -208,10 +244,11 @@ def _shards(
     made: Callable[[Any], dict[str, Any]],
     problem: Callable[[Any], Problem],
     longest: int,
+    name: str = "",
 ) -> Tally:
     """Make the missing shards of a stage, `shape.contexts` units each; what was found in all of them.
 
-    longest: tokens of the longest plain prompt with its kept prefix.
+    longest: tokens of the longest plain prompt with its kept prefix. name: of the shards, by default the kind.
     """
     drawn = rules(run.config.sample)
     stage = {"base": "sample"}.get(kind, kind)
@@ -235,7 +272,7 @@ def _shards(
         part, tokens = units[number * shape.contexts : (number + 1) * shape.contexts], list[int]()
         owner = number % processes.count()
         rows = functools.partial(make, part, tokens, owner)
-        table = run.shard(stage, f"rollouts/{kind}-{number:05d}", rows, owner=owner)
+        table = run.shard(stage, f"rollouts/{name or kind}-{number:05d}", rows, owner=owner)
         tally.add(table)
         new = sum(tokens)
         run.progress.update(stage, number + 1, total, "shards", tokens=new, found=not new, counts=tally.counts())
@@ -286,9 +323,14 @@ def records(run: Run, made: Sequence[Made], longest: int, owner: int = 0) -> lis
 
 def tokens_of_answer(run: Run, m: Made) -> tuple[int, int] | None:
     """First and last + 1 index, among all tokens of a rollout, of those that overlap its answer."""
-    grade, spans = run.config.grade, run.teacher.tokenizer.spans(list(m.decoded.tokens))
-    found = answer_tokens(spans, grade.answer_open, grade.answer_close, grade.think_end)
+    found = tokens_of(run, m.decoded.tokens)
     return None if found is None else (len(m.kept) + found[0], len(m.kept) + found[1])
+
+
+def tokens_of(run: Run, tokens: Sequence[int] | np.ndarray) -> tuple[int, int] | None:
+    """First and last + 1 index of the tokens that overlap the answer in a text of the teacher's tokens."""
+    grade, spans = run.config.grade, run.teacher.tokenizer.spans(list(tokens))
+    return answer_tokens(spans, grade.answer_open, grade.answer_close, grade.think_end)
 
 
 def _pure(

@@ -58,9 +58,9 @@ class ProblemSpec:
     """Where problems come from."""
 
     source: str = "world:sums"
-    """world:sums, world:rewriting, world:primes (built in), rg:FAMILY (reasoning-gym), jsonl:FILE (one object a line with question and answer),
-    parquet:FILE, tfds:NAME[/CONFIG][:VERSION] (such as tfds:gsm8k), tfds_dir:FOLDER (a prepared set), hf:NAME (the
-    datasets package: a set of the hub, or a local folder)."""
+    """world:sums, world:rewriting, world:primes (built in), rg:FAMILY (reasoning-gym), jsonl:FILE (one object a line
+    with question and answer), parquet:FILE, tfds:NAME[/CONFIG][:VERSION] (such as tfds:gsm8k), tfds_dir:FOLDER (a
+    prepared set), hf:NAME (the datasets package: a set of the hub, or a local folder)."""
     split: Literal["train", "dev", "test"] = "train"
     """world: the hash split to draw from. Other sources: a label, written to problems.parquet; tfds, tfds_dir and hf
     read the split of that name where options names none."""

@@ -31,14 +31,14 @@ PACE_STAGES = (1, 2, 3)
 STUDENTS = ("heal", "rejection_sampling")
 
 
-def curate(run: Run) -> None:
+def curate(run: Run, variant: pace.Variant = pace.HEAL) -> None:
     """PURE and PACE: a decision for every rollout in decisions.parquet, the stages as datasets in curriculum/.
 
     Of stages that have not finished it takes what is there. Raises InputError where there is nothing.
     """
     if unfinished := [name for name in ("sample", "hindsight", "repair") if run.directory.done(name) is None]:
         run.progress.say(f"curate     what is there so far: not finished are {', '.join(unfinished)}")
-    record = once(lambda: _curate(run))
+    record = once(lambda: _curate(run, variant))
     run.directory.finish("curate", [run.root / "decisions.parquet", run.root / "curriculum"], **record)
     examples = {stage: figures["examples"] for stage, figures in record["stages"].items()}
     aided = {kind: record[kind] for kind in ("hindsight", "repair")}
@@ -56,7 +56,7 @@ def curate(run: Run) -> None:
             )
 
 
-def _curate(run: Run) -> dict[str, Any]:
+def _curate(run: Run, variant: pace.Variant) -> dict[str, Any]:
     """Writes all of it; what the manifest is to say."""
     config, tokenizer = run.config, run.tokenizers["teacher"]
     patterns = [re.compile(pattern) for pattern in config.gear.leak_patterns]
@@ -66,7 +66,7 @@ def _curate(run: Run) -> dict[str, Any]:
         rows = [row for row in rows if row["problem_id"] in strata]
         if not rows:
             raise InputError(f"{run.root}: no unaided rollouts yet; run `heal sample` or `heal run` first")
-        learned = [as_learned(run, row) for row in rows]
+        learned = [as_learned(run, row, variant.hinted) for row in rows]
         candidates = []
         for i, row in enumerate(rows):
             said = tokenizer.text(row["tokens"][row["kept_tokens"] or 0 :]) if row["kind"] != "base" else ""
@@ -84,7 +84,7 @@ def _curate(run: Run) -> dict[str, Any]:
             )
         # Without this bound, a student whose tokenizer is finer might see more positions than it has.
         most = min(config.train.max_tokens, decoder_config(run.tokenizers["student"].folder).max_positions)
-        decisions = pace.curate(candidates, strata, config.pure.threshold, config.pace.per_problem, most)
+        decisions = pace.curate(candidates, strata, config.pure.threshold, config.pace.per_problem, most, variant)
         write_table(run.root / "decisions.parquet", [dataclasses.asdict(d) for d in decisions], DECISIONS)
         stages: dict[int, list[Example]] = {stage: [] for stage in PACE_STAGES}
         for row, candidate, decision, (prompt, _) in zip(rows, candidates, decisions, learned):
@@ -132,8 +132,10 @@ def _strata(run: Run, rows: Sequence[dict[str, Any]]) -> dict[str, str]:
     return {problem: pace.stratum(correct[problem], spec.n, run.config.gear.max_correct) for problem in found}
 
 
-def as_learned(run: Run, row: dict[str, Any]) -> tuple[Sequence[int], Sequence[int]]:
+def as_learned(run: Run, row: dict[str, Any], hinted: bool = False) -> tuple[Sequence[int], Sequence[int]]:
     """Prompt and target of a rollout as the student will see them; an empty target where it cannot, or never will.
+
+    hinted: as the teacher saw it (`pace.Variant.hinted`), for a student with its ids.
 
     The ids as sampled where the student has the teacher's. Otherwise its own: its chat template's prompt of the plain
     question, its encoding of the whole text (thinking part included), its EOS. No text is rendered through a template:
@@ -141,8 +143,12 @@ def as_learned(run: Run, row: dict[str, Any]) -> tuple[Sequence[int], Sequence[i
     """
     tokenizer = run.tokenizers["student"]
     if run.same_ids:  # but the student's vocabulary may be padded less
-        fits = max(row["tokens"], default=0) < tokenizer.vocab_size
-        return row["prompt_tokens"], row["tokens"] if fits else ()
+        prompt, tokens = row["prompt_tokens"], row["tokens"]
+        if hinted and row["kind"] == "hindsight":
+            prompt = row["context_tokens"]
+        elif hinted and row["kind"] == "repair":
+            tokens = [*row["context_tokens"][len(prompt) :], *tokens[row["kept_tokens"] :]]
+        return prompt, tokens if max(tokens, default=0) < tokenizer.vocab_size else ()
     ended = row["grade"] == "correct"  # so it stopped by itself: what was cut by its length is `truncated`
     return run.student_prompts[row["problem_id"]], tokenizer.turn(row["text"]) if ended else ()
 
@@ -181,13 +187,13 @@ def _counts(kind: str, candidates: list[pace.Candidate], decisions: list[pace.De
     }
 
 
-def train_students(run: Run) -> None:
+def train_students(run: Run, names: Sequence[str] = STUDENTS) -> None:
     """HEAL's student through the curriculum, and the rejection-sampling student on stage 1 for as many steps."""
     run.release_teacher()
     phases, length = training_plan(run)
     accounts: dict[str, Any] = {}
     spec = run.config.log if primary() else LogSpec()
-    for name in STUDENTS:
+    for name in names:
         run.progress.at(f"train {name}", "compiling")
         with tracking(spec, run.root, name, to_dict(run.config)) as track:
             _, done, dev = train_one(run, name, phases[name], length, track)

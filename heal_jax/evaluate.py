@@ -22,9 +22,9 @@ from heal_jax.store import EVALUATION
 MODELS = ("teacher", "student_base", "rejection_sampling", "heal")
 
 
-def evaluate(run: Run) -> None:
+def evaluate(run: Run, models: Sequence[str] = MODELS) -> None:
     """Samples of the problems of every evaluation set by each of the four models, in evaluation/."""
-    for model in MODELS:
+    for model in models:
         evaluate_one(run, model)
         run.release_teacher()
     run.directory.finish("evaluate", samples=run.config.evaluate.samples)

@@ -4,7 +4,8 @@ Plain Python on records: a few thousand candidates, no arrays.
 """
 
 import dataclasses
-from collections import defaultdict
+import math
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 SOLVED_RATE = 0.5  # pass rate from which a problem is solved; below it is hard (DESIGN section 2, "Strata")
@@ -26,6 +27,24 @@ class Candidate:
 
 
 @dataclasses.dataclass(frozen=True)
+class Variant:
+    """What an ablation takes away from the curriculum; the default is HEAL."""
+
+    stages: tuple[int, ...] = (1, 2, 3)
+    """Those that are made."""
+    pure: bool = True
+    """Whether PURE drops and ranks candidates; without it the first ones by index are taken."""
+    hardest: float = 1.0
+    """The share of the problems in stage 1 that it keeps, those with the lowest pass rate, with the rollout of the
+    lowest S of each: few, hard and good examples, after LIMO (arXiv 2502.03387)."""
+    hinted: bool = False
+    """Whether examples are what the teacher saw: hints stay in repairs, the answer in hindsight's prompts."""
+
+
+HEAL = Variant()
+
+
+@dataclasses.dataclass(frozen=True)
 class Decision:
     """stage 0: in no stage."""
 
@@ -43,7 +62,12 @@ def stratum(correct: int, n: int, max_correct: int) -> str:
 
 
 def curate(
-    candidates: Sequence[Candidate], strata: dict[str, str], threshold: float, per_problem: int, max_tokens: int
+    candidates: Sequence[Candidate],
+    strata: dict[str, str],
+    threshold: float,
+    per_problem: int,
+    max_tokens: int,
+    variant: Variant = HEAL,
 ) -> list[Decision]:
     """A decision and its reason for every candidate, in the order given.
 
@@ -52,12 +76,22 @@ def curate(
     phase trains on: `pool`), those longer than `max_tokens` not at all, and of each problem at most `per_problem` a
     stage, the lowest S first, stage 1 by index.
     """
-    refused = {c.rollout_id: reason for c in candidates if (reason := _refusal(c, strata, threshold, max_tokens))}
+    few = _hardest(candidates, variant.hardest)
+
+    def refusal(c: Candidate) -> str:
+        if (stage := STAGE_OF_KIND[c.kind]) not in variant.stages:
+            return f"stage {stage} is left out"
+        if c.kind == "base" and c.problem_id not in few:
+            return "not among the hardest problems"
+        return _refusal(c, strata, threshold if variant.pure else math.inf, max_tokens)
+
+    refused = {c.rollout_id: reason for c in candidates if (reason := refusal(c))}
     passed = [c for c in candidates if c.rollout_id not in refused]
 
     def order(c: Candidate) -> tuple[int, float, int]:
         stage = STAGE_OF_KIND[c.kind]
-        return stage, 0.0 if stage == 1 or c.score is None else c.score, c.index
+        ranked = variant.hardest < 1 if stage == 1 else variant.pure
+        return stage, c.score if ranked and c.score is not None else 0.0, c.index
 
     seen: dict[tuple[int, tuple[int, ...]], str] = {}
     room: dict[tuple[str, int], int] = defaultdict(lambda: per_problem)
@@ -81,6 +115,14 @@ def curate(
         else Decision(c.rollout_id, 0, False, refused[c.rollout_id])
         for c in candidates
     ]
+
+
+def _hardest(candidates: Sequence[Candidate], share: float) -> set[str]:
+    """That share of the problems with a correct unaided rollout, lowest pass rate first, ties in their order."""
+    tried = Counter(c.problem_id for c in candidates if c.kind == "base")
+    right = Counter(c.problem_id for c in candidates if c.kind == "base" and c.grade == "correct")
+    ordered = sorted(right, key=lambda problem: right[problem] / tried[problem])
+    return set(ordered[: math.ceil(share * len(ordered))])
 
 
 def _refusal(c: Candidate, strata: dict[str, str], threshold: float, max_tokens: int) -> str:

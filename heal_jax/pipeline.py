@@ -1,7 +1,7 @@
 """The stages in order."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from heal_jax.collect import hindsight, repair, sample
 from heal_jax.curriculum import STUDENTS, curate, train_students
@@ -46,9 +46,12 @@ KNOBS = {
 }
 
 
-def run_stages(run: Run, names: list[str]) -> None:
+def run_stages(
+    run: Run, names: list[str], stages: Mapping[str, Callable[[Run], None]] = STAGES, tell: bool = True
+) -> None:
     """Do the named stages that are not done yet, and before them those whose files were damaged; summary and report
-    after each, and at the end in any case. A stage whose inputs have changed since it was begun is done again.
+    after each, and at the end in any case (where `tell`). A stage whose inputs have changed since it was begun is done
+    again.
     """
     names = [name for name in STAGES if name in names or (name in run.again and _before(name, names[-1]))]
     for name in names:
@@ -58,12 +61,13 @@ def run_stages(run: Run, names: list[str]) -> None:
         if directory.done(name) is None:
             directory.begin(name)
             with _memory(name), run.progress.stage(name):
-                STAGES[name](run)
-            if name != names[-1]:
+                stages[name](run)
+            if tell and name != names[-1]:
                 _tell(run)
         else:
             run.progress.say(f"{name:<10} done before")
-    _tell(run)
+    if tell:
+        _tell(run)
 
 
 def _before(name: str, last: str) -> bool:

@@ -279,6 +279,36 @@ class RunDirectory:
             self.manifest.get("files", {}).pop(stage, None)
         self.update()
 
+    def adopt(self, other: "RunDirectory", stages: Sequence[str]) -> None:
+        """Take finished stages of another directory as they are, shards and files: links where the file system has
+        them, copies elsewhere. What is there already stays."""
+
+        def take(name: str) -> None:
+            source, target = other.root / name, self.root / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.unlink(missing_ok=True)
+            try:
+                os.link(source, target)
+            except OSError:
+                shutil.copyfile(source, target)
+
+        for stage in stages:
+            if (record := other.done(stage)) is None:
+                raise InputError(f"{other.root}: stage {stage} has not finished")
+            for name in [
+                s for s in other.manifest["shards"] if _maker(s) == stage and s not in self.manifest["shards"]
+            ]:
+                take(f"{name}.parquet")
+                self.manifest["shards"][name] = other.manifest["shards"][name]
+            if stage not in self.manifest["stages"]:
+                files = other.manifest.get("files", {}).get(stage, {})
+                for name in files:
+                    take(name)
+                self.begin(stage)
+                self.manifest.setdefault("files", {})[stage] = dict(files)
+                self.manifest["stages"][stage] = record
+        self.update()
+
     def damaged(self, path: Path) -> bool:
         """Whether a file is not what was written, as far as its checksum is known."""
         name = str(path.relative_to(self.root))

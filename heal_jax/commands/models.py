@@ -14,9 +14,10 @@ from heal_jax.progress import Progress
 class WorldArguments:
     """Train a built-in world's teacher and student from random weights; set NPROC to fix the bytes over core counts."""
 
-    world: tyro.conf.Positional[Literal["sums", "rewriting", "primes"]] = "sums"
     out: Path
     """Folder for teacher/ and student/."""
+    world: tyro.conf.Positional[Literal["sums", "rewriting", "primes"]] = "sums"
+    """Which world's."""
 
 
 @dataclasses.dataclass(frozen=True)

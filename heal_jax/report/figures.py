@@ -52,8 +52,9 @@ def label(text: object, most: int = 24) -> str:
     return html.escape(plain if len(plain) <= most else plain[: most - 1] + "…", quote=False)
 
 
-def _figure(data: list[dict[str, Any]], height: int, **layout: Any) -> Figure:
-    axes = {name: _axis(axis) for name, axis in layout.items() if name.startswith(("xaxis", "yaxis"))}
+def figure(data: list[dict[str, Any]], height: int, **layout: Any) -> Figure:
+    """A figure in the report's manner."""
+    axes = {name: axis(given) for name, given in layout.items() if name.startswith(("xaxis", "yaxis"))}
     base = {
         "height": height,
         "margin": {"l": 48, "r": 12, "t": 12, "b": 40},
@@ -67,11 +68,11 @@ def _figure(data: list[dict[str, Any]], height: int, **layout: Any) -> Figure:
     return {"data": data, "layout": base | layout | axes}
 
 
-def _axis(axis: dict[str, Any]) -> dict[str, Any]:
-    if "title" in axis:
-        axis = axis | {"title": {"text": axis["title"], "font": {"size": 13, "color": "$strong"}}}
+def axis(given: dict[str, Any]) -> dict[str, Any]:
+    if "title" in given:
+        given = given | {"title": {"text": given["title"], "font": {"size": 13, "color": "$strong"}}}
     quiet = {"gridcolor": "$line", "zeroline": False, "linecolor": "$line", "automargin": True, "fixedrange": True}
-    return quiet | axis
+    return quiet | given
 
 
 def levels(accuracy: dict[str, Any]) -> list[str]:
@@ -129,7 +130,7 @@ def _intervals(names: Sequence[str], groups: Mapping[str, Sequence[Mapping[str, 
                 "hovertemplate": f"{title}: %{{y:.1f}} %<extra></extra>",
             }
         )
-    return _figure(
+    return figure(
         traces,
         height=340,
         scattermode="group",
@@ -180,7 +181,7 @@ def pass_rates(run: RunData) -> Figure:
         ((max_correct + 0.5 + solved_from) / 2, 1, "hard", "center"),
         ((solved_from + n + 0.5) / 2, 1, "solved", "center"),
     ]
-    return _figure(
+    return figure(
         traces,
         height=280,
         barmode="stack",
@@ -235,7 +236,7 @@ def flow(run: RunData) -> Figure:
         },
         "textfont": {"size": 13, "color": "$text"},
     }
-    return _figure([data], height=380, margin={"l": 8, "r": 8, "t": 16, "b": 16})
+    return figure([data], height=380, margin={"l": 8, "r": 8, "t": 16, "b": 16})
 
 
 def scores(run: RunData) -> Figure:
@@ -243,7 +244,7 @@ def scores(run: RunData) -> Figure:
     as a line, of unaided ones that are not right."""
     several, threshold = numbers.scores(run), run.settings.pure.threshold
     if not several:
-        return _figure([], height=120)
+        return figure([], height=120)
     edges = numbers.score_bins(several, threshold)
     middles = [*((edges[:-1] + edges[1:]) / 2).tolist(), float(edges[-1] + (edges[1] - edges[0]) / 2)]
     hover = [f"{a:.3f} to {b:.3f}" for a, b in zip(edges[:-1], edges[1:], strict=True)] + [f"over {edges[-1]:.3f}"]
@@ -283,7 +284,7 @@ def scores(run: RunData) -> Figure:
         bottom, top = 1 - (i + 1) / len(several), 1 - i / len(several) - 34 / drawn
         axes[f"yaxis{i + 1}" if i else "yaxis"] = {"domain": [bottom, top], "rangemode": "tozero", "nticks": 4}
         notes.append(_note(0, KINDS[kind], "left", top) | {"xref": "paper"})
-    return _figure(
+    return figure(
         traces,
         height=drawn + 52,
         barmode="overlay",
@@ -337,7 +338,7 @@ def training(run: RunData, name: str, height: int = 240) -> Figure:
     if name in ("loss", "grad_norm") and positive and max(positive) > 100 * min(positive):
         axis = {"type": "log", "dtick": 1, "tickformat": ".0e"}
     begins = numbers.phases(run, "heal")
-    return _figure(
+    return figure(
         traces,
         height=height,
         margin={"l": 48, "r": 12, "t": 52, "b": 40},

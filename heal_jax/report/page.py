@@ -1,20 +1,13 @@
 """report.html: one page that answers six questions about a run, from what its directory holds so far."""
 
-import base64
-import hashlib
-import os
-import string
 from collections.abc import Iterable
-from importlib import resources
 from pathlib import Path
 
-from plotly.offline import get_plotlyjs
-
-from heal_jax import store
-from heal_jax.report import colours, payload, repairs
+from heal_jax.report import payload, repairs
 from heal_jax.report.accuracy import did_it_help
 from heal_jax.report.data import RunData, load
-from heal_jax.report.markup import Html, join, number, percent, points, tag, todo
+from heal_jax.report.frame import asset, write_page
+from heal_jax.report.markup import Html, number, percent, points, tag, todo
 from heal_jax.report.origin import where_from
 from heal_jax.report.purity import is_pure_sane
 from heal_jax.report.ran import what_ran
@@ -35,42 +28,18 @@ def write_report(root: Path) -> Path:
         ("training", "How did training go?", how_training(run, STAGES)),
         ("run", "What was run?", what_ran(run)),
     )
-    contents = [tag("li", tag("a", title, href=f"#{name}")) for name, title, _ in sections]
-    body = join(
-        [
-            tag("a", "Skip to the first answer", href="#accuracy", class_="skip"),
-            header(run),
-            tag("nav", tag("ol", contents), aria_label="Contents"),
-            tag("main", [tag("section", tag("h2", title), *made, id=name) for name, title, made in sections]),
-        ]
-    )
-    # Nothing may be asked of any network, and only these scripts run, whatever the page holds; the browser first:
-    # its list is drawn before Plotly and the blocks are read.
-    browser = "".join(map(_asset, ("text.js", "payload.js", "detail.js", "browser.js")))
-    scripts = [
-        f'(() => {{\n"use strict";\n{browser}}})();\n',
-        get_plotlyjs().replace("</script", "<\\/script"),
-        _asset("draw.js"),
-        _asset("copy.js"),
-    ]
-    hashes = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'" for s in scripts)
-    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src {hashes}; base-uri 'none'"
-    text = string.Template(_asset("template.html")).substitute(
-        policy=policy,
-        title=tag("title", f"{root.resolve().name}: HEAL report")[len("<title>") : -len("</title>")],
-        style=colours.css() + _asset("style.css") + _asset("browser.css"),
-        body=body,
+    browser = "".join(map(asset, ("text.js", "payload.js", "detail.js", "browser.js")))
+    return write_page(
+        root / "report.html",
+        f"{root.resolve().name}: HEAL report",
+        header(run),
+        sections,
+        # Before Plotly and the blocks are read, the browser draws its list.
+        first=f'(() => {{\n"use strict";\n{browser}}})();\n',
+        style=asset("browser.css"),
         index=payload.elements([packed.index], "rollout-index"),
-        scripts=join(tag("script", Html(script)) for script in scripts),
         blocks=payload.elements(packed.blocks, "rollout-block"),
     )
-    path = root / "report.html"
-    store.write_text(path, text, f".{os.getpid()}")  # heal report may write it while heal run does
-    return path
-
-
-def _asset(name: str) -> str:
-    return resources.files("heal_jax.report").joinpath(name).read_text(encoding="utf-8")
 
 
 def header(run: RunData) -> Html:
@@ -132,5 +101,5 @@ def what_repairs(run: RunData, packed: payload.Payload) -> Iterable[Html]:
     )
     if packed.left_out:
         yield tag("p", packed.left_out, class_="todo")
-    yield Html(_asset("browser.html"))
+    yield Html(asset("browser.html"))
     yield repairs.without_script(run, packed.examples)

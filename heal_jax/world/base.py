@@ -26,7 +26,7 @@ PERFECT = Skill(hard=1.0, medium=1.0)
 
 
 class World(Protocol):
-    """Questions are the generator's texts, steps are texts without the blank line that ends them; the answer is none."""
+    """Questions are the generator's texts, steps are texts without the blank line after them; the answer is none."""
 
     name: str
     family: str

@@ -25,6 +25,7 @@ from heal_jax.world.base import Skill, World
 from heal_jax.world.traces import Aid
 from heal_jax.world.worlds import WORLDS
 
+
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """How one model is made. `plain`: the share of problems without the hard weakness (easy and medium)."""
@@ -96,7 +97,7 @@ def question(world: World, rng: np.random.Generator, plain: bool) -> str:
 
 
 def batches(recipe: Recipe) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Endless tokens [batch, world.tokens] int32 and loss mask of the same shape, bool (what the model must produce)."""
+    """Endless tokens [batch, world.tokens] int32 and loss mask of the same shape, bool: what is learned."""
     rng, world, encoder = np.random.default_rng(recipe.seed), recipe.world, recipe.world.tokenizer()
     pad = encoder.token_to_id(tokenizer.PAD)
     while True:

@@ -134,7 +134,7 @@ class Rewriting:
         program, steps = state(done[-1]) if done else _program(question), []
         while at := meetings(program):
             chosen = at[0] if rng is None else at[int(rng.integers(0, len(at)))]
-            right = {("B#", "#A"): skill.hard, ("A#", "#B"): skill.medium}.get(program[chosen : chosen + 2], 1.0)
+            right = {"B##A": skill.hard, "A##B": skill.medium}.get("".join(program[chosen : chosen + 2]), 1.0)
             program = rewritten(program, chosen, vanish=rng is not None and rng.random() >= right)
             steps.append(text(program))
         return steps

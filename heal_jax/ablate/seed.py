@@ -1,0 +1,135 @@
+"""One seed of an ablation: the teacher's rollouts, which all arms share, and a run directory for each arm.
+
+    OUT/seed0/teacher/    sample, hindsight and repair as HEAL has them; teacher and untrained student evaluated
+    OUT/seed0/ARM/        curriculum, evaluation of the student; rollouts that the arm shares are links
+
+Each is an ordinary run directory, which `heal show` reads. A student's checkpoints go when it is evaluated.
+"""
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from heal_jax import processes
+from heal_jax.ablate import cuts, shortcuts
+from heal_jax.ablate.arms import Arm
+from heal_jax.collect import hindsight, repair, sample, sample_more
+from heal_jax.config import MAIN, Config
+from heal_jax.curriculum import curate, train_students
+from heal_jax.evaluate import evaluate, problem_means
+from heal_jax.pipeline import run_stages
+from heal_jax.progress import Progress
+from heal_jax.run import Run, open_run
+from heal_jax.sets import draw_of
+from heal_jax.storage import place
+from heal_jax.store import RunDirectory, read_json, remove, write_json
+from heal_jax.strict import override
+from heal_jax.world.worlds import world_of
+
+PATHS, REPEATS = 2, 4  # of an unsolved problem: failed rollouts that are cut everywhere, continuations of each cut
+ROLLOUTS, CERTAIN = 150, 40  # right rollouts that are spoilt, and how many are asked for the answer after each step
+BEFORE = ("teacher", "student_base")
+STUDENT = "heal"  # what the student of every arm is called in its directory
+
+
+def shared(config: Config, arms: Sequence[Arm], folder: Path, progress: Progress) -> dict[str, Any]:
+    """Make what the arms share, as far as they need it; the figures of the teacher and of the untrained student."""
+    wanted = {name for arm in arms for name in arm.aided}
+    if any(arm.more for arm in arms):
+        wanted |= {"hindsight", "repair"}
+    stages: dict[str, Callable[[Run], None]] = {"sample": sample, "hindsight": hindsight, "repair": repair}
+    stages = {name: stage for name, stage in stages.items() if name == "sample" or name in wanted}
+    stages["evaluate"] = functools.partial(evaluate, models=BEFORE)
+    with open_run(config, folder, progress, command="heal ablate") as run:
+        run_stages(run, list(stages), stages, tell=False)
+        means = {name: _means(run, name) for name in BEFORE}
+        return {"means": means, "teacher": _teacher(run), "work": _work(run)}
+
+
+def one(config: Config, arm: Arm, folder: Path, teacher: Path, progress: Progress) -> dict[str, Any]:
+    """Make one arm from what is in `teacher`, and its figures: means [problems] float64 of its student; by kind of
+    rollout the teacher's tokens, and the seconds for those that are its own; examples by stage; tokens trained on.
+    """
+    adopted = ["sample", *(name for name in arm.aided if name != "repair" or not arm.own_repairs)]
+
+    def more(run: Run) -> None:
+        aided = RunDirectory(teacher).rollouts("hindsight"), RunDirectory(teacher).rollouts("repair")
+        budgets = Counter[str]()
+        for row in (row for table in aided for row in table.select(["problem_id", "entropy"]).to_pylist()):
+            budgets[row["problem_id"]] += len(row["entropy"])
+        sample_more(run, budgets)
+
+    stages: dict[str, Callable[[Run], None]] = {"repair": repair} if arm.own_repairs else {}
+    stages["curate"] = functools.partial(curate, variant=arm.variant)
+    stages["train"] = functools.partial(train_students, names=[STUDENT])
+    stages["evaluate"] = functools.partial(evaluate, models=[STUDENT])
+    with open_run(override(config, arm.settings), folder, progress, command=f"heal ablate, {arm.name}") as run:
+
+        def adopt() -> dict[str, Any]:
+            run.directory.adopt(RunDirectory(teacher), adopted)
+            return run.directory.manifest
+
+        run.directory.manifest = processes.once(adopt)
+        if arm.more:
+            more(run)
+        run_stages(run, list(stages), stages, tell=False)
+        processes.once(lambda: remove(place(run.root / "checkpoints")))
+        record = run.directory.manifest["stages"]
+        trained = record["train"][STUDENT]
+        return {
+            "means": _means(run, STUDENT),
+            "tokens": decoded_tokens(run.directory),
+            "work": _work(run),
+            "examples": {stage: made["examples"] for stage, made in record["curate"]["stages"].items()},
+            "trained": {name: trained[name] for name in ("tokens", "loss_tokens")},
+            "repair": {name: record["curate"]["repair"][name] for name in ("problems", "problems_kept", "leaked")},
+        }
+
+
+def measure(config: Config, folder: Path, progress: Progress) -> dict[str, Any]:
+    """Breakpoints and PURE, measured directly on the rollouts in `folder`; kept in measures.json there."""
+    if (path := folder / "measures.json").is_file():
+        return read_json(path)
+    with open_run(config, folder, progress, command="heal ablate --measure") as run:
+        found: dict[str, Any] = {}
+        if world_of(config.problems.source) is not None:
+            found["cuts"] = cuts.measured(cuts.decode(run, PATHS, REPEATS), config.evaluate.resamples, config.seed)
+        found["planted"] = shortcuts.planted(run, ROLLOUTS, CERTAIN)
+        found["natural"] = shortcuts.natural(run)
+        processes.once(lambda: write_json(path, found))
+    return found
+
+
+def decoded_tokens(directory: RunDirectory) -> dict[str, int]:
+    """Tokens that the teacher decoded for the rollouts of a directory, by kind."""
+    tokens = Counter[str]()
+    for row in directory.rollouts().select(["kind", "entropy"]).to_pylist():
+        tokens[row["kind"]] += len(row["entropy"])
+    return dict(tokens)
+
+
+def _means(run: Run, model: str) -> np.ndarray:
+    return problem_means(run, model, draw_of(run.config, MAIN))
+
+
+def _work(run: Run) -> dict[str, float]:
+    """Seconds of the teacher's stages that were made in this directory."""
+    work = run.directory.manifest.get("work", {})
+    return {name: work[name]["seconds"] for name in ("sample", "hindsight", "repair") if name in work}
+
+
+def _teacher(run: Run) -> dict[str, Any]:
+    """How the teacher did on the training problems: pass_rates, problems by correct rollouts of `sample.n`; strata."""
+    record = run.directory.manifest["stages"]["sample"]
+    correct = [record["correct"].get(problem.id, 0) for problem in run.problems]
+    strata = Counter(record["strata"].values())
+    return {
+        "problems": len(correct),
+        "n": run.config.sample.n,
+        "pass_rates": np.bincount(correct, minlength=run.config.sample.n + 1).tolist(),
+        "strata": {name: strata[name] for name in ("solved", "hard", "unsolved")},
+    }
