@@ -63,7 +63,7 @@ ARMS = (
 
 
 def chosen(names: Sequence[str]) -> list[Arm]:
-    """The arms of these names (nothing: all), the baseline always; ["none"]: no arm. Raises InputError for unknown ones."""
+    """The arms of these names (no name: all; "none": none), the baseline always. Raises InputError for unknown ones."""
     if list(names) == ["none"]:
         return []
     known = {arm.name for arm in ARMS}

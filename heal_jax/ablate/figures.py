@@ -73,3 +73,43 @@ def pass_rates(found: Found) -> Figure:
         [bars], height=280, xaxis={"title": f"right rollouts of {teachers[0]['n']}", "showgrid": False},
         yaxis={"title": "problems"},
     )  # fmt: skip
+
+
+def offsets(cuts: Found) -> Figure:
+    """Flawless repairs by how many steps the cut is from the first wrong one."""
+    rows = cuts["by_offset"]
+    x = [int(offset) for offset in rows]
+    line = {
+        "type": "scatter", "mode": "lines+markers", "x": x, "y": [100 * row["flawless"] for row in rows.values()],
+        "line": {"color": "$accent", "width": 2}, "marker": {"color": "$accent", "size": 7}, "showlegend": False,
+        "customdata": [[row["cuts"], row["tokens"]] for row in rows.values()],
+        "hovertemplate": "%{x:+d} steps: %{y:.1f} % flawless, %{customdata[1]:.0f} tokens<extra></extra>",
+    }  # fmt: skip
+    return figure(
+        [line], height=340, yaxis={"ticksuffix": " %", "rangemode": "tozero"},
+        xaxis={"title": "steps kept beyond the first wrong one (0: all right steps kept)"},
+    )  # fmt: skip
+
+
+def cutting(cuts: Found) -> Figure:
+    """Flawless repairs for a thousand tokens: the method's rule, its neighbours, the controls."""
+    shown = ["oracle", *(f"{kind}, window {window}, backup {backup}" for kind in ("difference", "ratio", "entropy")
+             for window in ("1/3", "1") for backup in (1, 0)), "first surge, backup 1", "random, window 1/3, backup 1",
+             "random, window 1, backup 1", "restart"]  # fmt: skip
+    names = [name for name in shown if name in cuts["rules"]][::-1]
+    rows = [cuts["rules"][name]["flawless_per_1000_tokens"] for name in names]
+    plain = ("oracle", "restart")
+    colours = ["$accent" if name == "difference, window 1/3, backup 1" else
+               "$faint" if name in plain or name.startswith("random") else "$middle" for name in names]  # fmt: skip
+    bars = {
+        "type": "bar", "orientation": "h", "x": [row["mean"] for row in rows], "y": [label(name, 40) for name in names],
+        "marker": {"color": colours}, "showlegend": False,
+        "error_x": {
+            "type": "data", "symmetric": False, "color": "$strong", "thickness": 1, "width": 0,
+            "array": [row["ci95"][1] - row["mean"] for row in rows],
+            "arrayminus": [row["mean"] - row["ci95"][0] for row in rows],
+        },
+        "hovertemplate": "%{y}: %{x:.2f}<extra></extra>",
+    }  # fmt: skip
+    return figure([bars], height=80 + 24 * len(names), margin={"l": 8, "r": 12, "t": 12, "b": 32},
+                  yaxis={"showgrid": False})  # fmt: skip

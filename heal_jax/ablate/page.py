@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
-from heal_jax.ablate import figures
+from heal_jax.ablate import direct, figures
 from heal_jax.ablate.arms import BASELINE
 from heal_jax.report import figures as of_runs
 from heal_jax.report.frame import write_page as write
@@ -23,6 +23,10 @@ def write_page(out: Path) -> Path:
     if len(found["arms"]) > 1:
         sections.append(("cost", "What does it cost?", cost(found)))
     sections.append(("teacher", "What can the teacher do?", teacher(found)))
+    if found.get("cuts", {}).get("rollouts"):
+        sections.append(("entropy", "Is entropy informative, and does it pay?", direct.entropy(found["cuts"])))
+    if "planted" in found:
+        sections.append(("pure", "Does PURE separate?", direct.purity(found["planted"], found["natural"])))
     return write(out / "report.html", f"{out.resolve().name}: HEAL ablation", header(out, found), sections)
 
 
