@@ -164,7 +164,7 @@ def failed_paths(run: Run) -> list[Path]:
     spec = run.config.gear
     strata = run.directory.manifest["stages"]["sample"]["strata"]
     chosen: dict[str, dict[tuple[int, ...], dict[str, Any]]] = defaultdict(dict)
-    columns = ["rollout_id", "problem_id", "grade", "tokens", "entropy", "text"]
+    columns = ["rollout_id", "problem_id", "grade", "tokens", "entropy", "step_starts", "text"]
     for row in run.directory.rollouts("base").select(columns).to_pylist():
         found = chosen[row["problem_id"]]
         if strata[row["problem_id"]] == "unsolved" and row["grade"] != "correct" and len(found) < spec.paths:

@@ -83,7 +83,7 @@ def curate(
             return f"stage {stage} is left out"
         if c.kind == "base" and c.problem_id not in few:
             return "not among the hardest problems"
-        return _refusal(c, strata, threshold if variant.pure else math.inf, max_tokens)
+        return _refusal(c, strata, threshold if variant.pure else None, max_tokens)
 
     refused = {c.rollout_id: reason for c in candidates if (reason := refusal(c))}
     passed = [c for c in candidates if c.rollout_id not in refused]
@@ -125,7 +125,7 @@ def _hardest(candidates: Sequence[Candidate], share: float) -> set[str]:
     return set(ordered[: math.ceil(share * len(ordered))])
 
 
-def _refusal(c: Candidate, strata: dict[str, str], threshold: float, max_tokens: int) -> str:
+def _refusal(c: Candidate, strata: dict[str, str], threshold: float | None, max_tokens: int) -> str:
     """Why a candidate cannot be in its stage; empty where it can."""
     if c.grade != "correct":
         return c.grade
@@ -142,7 +142,7 @@ def _refusal(c: Candidate, strata: dict[str, str], threshold: float, max_tokens:
         return "problem is solved"
     if c.kind == "repair" and stratum != "unsolved":
         return "problem is not unsolved"
-    if c.score is None or not c.score <= threshold:
+    if threshold is not None and (c.score is None or not c.score <= threshold):
         return f"PURE {'not scored' if c.score is None else format(c.score, '.3f')} > {threshold:g}"
     return ""
 

@@ -249,6 +249,32 @@ def test_curate_properties(drawn, per_problem):
     assert all(d.stage == 0 and d.reason for d in decisions if not d.kept)
 
 
+def test_variants_of_the_curriculum():
+    strata = {"p": "unsolved", "h": "hard", "s": "solved", "t": "solved"}
+    items = [
+        *(candidate(f"s{i}", "base", "s", index=i, score=1.2 - i / 10) for i in range(2)),
+        candidate("s2", "base", "s", index=2, grade="wrong"),
+        *(candidate(f"t{i}", "base", "t", index=3 + i) for i in range(2)),
+        candidate("h0", "hindsight", "h", index=5, score=3.0),
+        candidate("h1", "hindsight", "h", index=6, score=1.0),
+        candidate("r0", "repair", "p", index=7, score=None),
+        candidate("r1", "repair", "p", index=8, score=1.0),
+        candidate("r2", "repair", "p", index=9, leaked=True),
+    ]
+
+    def kept(**variant):
+        decisions = pace.curate(items, strata, 1.12, 1, 5, pace.Variant(**variant))
+        assert all(d.kept or d.reason for d in decisions)
+        return {d.rollout_id: d.stage for d in decisions if d.kept}
+
+    assert kept() == {"s0": 1, "t0": 1, "h1": 2, "r1": 3}
+    assert kept(stages=(1, 3)) == {"s0": 1, "t0": 1, "r1": 3}
+    assert kept(stages=(1,)) == {"s0": 1, "t0": 1}
+    assert kept(pure=False) == {"s0": 1, "t0": 1, "h0": 2, "r0": 3}  # by index, whatever the score
+    assert kept(stages=(1,), hardest=0.5) == {"s1": 1}  # two thirds right against all, and of these the lowest S
+    assert kept(stages=(1,), hardest=0.51) == {"s1": 1, "t0": 1}
+
+
 def test_pool_keeps_the_first_of_equals():
     assert pace.pool([(1,), (2,), (1,), (3,), (2,)]) == [0, 1, 3]
 

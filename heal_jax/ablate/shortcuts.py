@@ -58,7 +58,8 @@ def readings(epsilon: float, weight: float) -> dict[str, Reading]:
         """PPL_k against U_k: after the step, or before it."""
         if text.certainty is None or len(text.certainty) < 2:
             return float("nan")
-        ppl = text.ppl[1:-1] if before else text.ppl[:-1]
+        reasoning = text.ppl[: len(text.certainty)]  # what follows says the answer
+        ppl = reasoning[1:] if before else reasoning
         known = text.certainty[:-1] if before else text.certainty
         return mixed(ppl / (known + add))
 

@@ -1,0 +1,265 @@
+"""heal ablate: arms that share rollouts, what is measured directly, and the figures."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from conftest import TINY, refused, start
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import mannwhitneyu
+
+from heal_jax import gear
+from heal_jax.ablate import cuts, shortcuts
+from heal_jax.ablate.arms import ARMS, BASELINE, chosen
+from heal_jax.bootstrap import crossed
+from heal_jax.store import RunDirectory
+from heal_jax.strict import flatten
+
+ASKED = "heal,equal_tokens,no_pure,random_breakpoint,hint_left_in"
+SEEDS = 2
+
+
+@pytest.fixture(scope="module")
+def ablated(tmp_path_factory):
+    """An ablation of configs/tiny.yaml with two seeds, and its command."""
+    out = tmp_path_factory.mktemp("ablation") / "out"
+    command = ["ablate", TINY, "--out", out, "--seeds", SEEDS, "--arms", ASKED, "--measure"]
+    process = start(*command)
+    stdout, stderr = process.communicate()
+    assert process.returncode == 0, stderr
+    return out, command, stdout, stderr
+
+
+def found(out: Path) -> dict:
+    return json.loads((out / "ablation.json").read_text())
+
+
+def samples(root: Path, model: str) -> list[dict]:
+    return [
+        row for path in sorted(root.glob(f"evaluation/{model}-*.parquet")) for row in pq.read_table(path).to_pylist()
+    ]
+
+
+def test_heal_and_its_baseline_are_those_of_heal_run(ablated, tiny):
+    """The same tokens of the same students."""
+    out, run = ablated[0], tiny[0]
+    for arm, model in (("heal", "heal"), (BASELINE, "rejection_sampling")):
+        mine, theirs = samples(out / "seed0" / arm, "heal"), samples(run, model)
+        assert [row["tokens"] for row in mine] == [row["tokens"] for row in theirs]
+    for model in ("teacher", "student_base"):
+        assert samples(out / "seed0" / "teacher", model) == samples(run, model)
+    made = found(out)["arms"]["heal"]
+    summary = json.loads((run / "summary.json").read_text())
+    first = RunDirectory(out / "seed0" / "heal").manifest["stages"]
+    assert first["curate"]["stages"] == summary["stages"]
+    assert first["train"]["heal"] == summary["training"]["heal"]
+    assert set(made["examples"]) == {"1", "2", "3"}
+
+
+def test_rollouts_are_paid_for_once(ablated):
+    out = ablated[0]
+    for seed in range(SEEDS):
+        folder = out / f"seed{seed}"
+        for arm in chosen(ASKED.split(",")):
+            shared = ["base", *(kind for kind in arm.aided if kind != "repair" or not arm.own_repairs)]
+            for kind in shared:
+                for source in (folder / "teacher" / "rollouts").glob(f"{kind}-0*.parquet"):
+                    assert os.path.samefile(source, folder / arm.name / "rollouts" / source.name)
+            assert not (folder / arm.name / "checkpoints").exists()
+    own = RunDirectory(out / "seed0" / "random_breakpoint").rollouts("repair")
+    assert own.num_rows == RunDirectory(out / "seed0" / "teacher").rollouts("repair").num_rows
+    assert not os.path.samefile(
+        out / "seed0" / "random_breakpoint" / "rollouts" / "repair-00000.parquet",
+        out / "seed0" / "teacher" / "rollouts" / "repair-00000.parquet",
+    )
+
+
+def test_equal_tokens_are_about_equal_and_the_first_samples_the_same(ablated):
+    out = ablated[0]
+    made = found(out)["arms"]
+    assert made["equal_tokens"]["teacher_tokens"]["all"] == pytest.approx(
+        made["heal"]["teacher_tokens"]["all"], rel=0.1
+    )
+    directory = RunDirectory(out / "seed0" / "equal_tokens")
+    ids = directory.rollouts("base")["rollout_id"].to_pylist()
+    first = RunDirectory(out / "seed0" / "teacher").rollouts("base")["rollout_id"].to_pylist()
+    assert ids[: len(first)] == first and len(set(ids)) == len(ids) > len(first)
+    hard = {p["id"] for p in pq.read_table(out / "seed0" / "teacher" / "problems.parquet").to_pylist()
+            if p["stratum"] != "solved"}  # fmt: skip
+    assert {i.rsplit("/", 3)[0] for i in ids[len(first) :]} <= hard
+
+
+def test_hints_stay_where_they_are_left_in(ablated):
+    out = ablated[0]
+    from heal_jax.train.data import read_stage
+
+    plain, hinted = (read_stage(out / "seed0" / arm / "curriculum" / "stage3") for arm in ("heal", "hint_left_in"))
+    by_id = {row["rollout_id"]: row for row in RunDirectory(out / "seed0" / "teacher").rollouts("repair").to_pylist()}
+    assert [e.rollout_id for e in plain] == [e.rollout_id for e in hinted]
+    for without, left_in in zip(plain, hinted):
+        row = by_id[left_in.rollout_id]
+        assert left_in.tokens == (*row["context_tokens"], *row["tokens"][row["kept_tokens"] :])
+        assert left_in.prompt_length == without.prompt_length == len(row["prompt_tokens"])
+        assert len(left_in.tokens) > len(without.tokens)
+
+
+def test_figures_are_those_of_the_shards(ablated):
+    """Means and differences recomputed from the graded samples; intervals hold them."""
+    out, said = ablated[0], found(ablated[0])
+    problems = {row["problem_id"] for row in samples(out / "seed0" / "heal", "heal")}
+
+    def means(arm: str) -> np.ndarray:
+        rows = []
+        for seed in range(SEEDS):
+            right = {p: [] for p in sorted(problems)}
+            for row in samples(out / f"seed{seed}" / arm, "heal"):
+                right[row["problem_id"]].append(row["grade"] == "correct")
+            rows.append([np.mean(values) for values in right.values()])
+        return np.array(rows)
+
+    assert list(said["arms"]) == [arm.name for arm in ARMS if arm.name in (BASELINE, *ASKED.split(","))]
+    for name, arm in said["arms"].items():
+        assert arm["accuracy"]["mean"] == pytest.approx(means(name).mean())
+        assert arm["accuracy"]["n"] == len(problems)
+        low, high = arm["accuracy"]["ci95"]
+        assert low <= arm["accuracy"]["mean"] <= high
+        if name != BASELINE:
+            difference = means(name) - means(BASELINE)
+            assert arm["difference"]["mean"] == pytest.approx(difference.mean())
+            assert arm["difference"]["per_seed"] == pytest.approx(list(difference.mean(axis=1)))
+        more = arm["per_problem"]["over_student_base"]
+        assert (more["tokens"] is None) == (more["problems"] <= 0)
+    assert [sum(t["pass_rates"]) for t in said["teacher"]] == [12] * SEEDS
+    tokens = sum(len(row["entropy"]) for row in RunDirectory(out / "seed0" / "heal").rollouts().to_pylist())
+    second = sum(len(row["entropy"]) for row in RunDirectory(out / "seed1" / "heal").rollouts().to_pylist())
+    assert said["arms"]["heal"]["teacher_tokens"]["all"] == round((tokens + second) / 2)
+
+
+def test_the_same_command_makes_nothing_again(ablated):
+    out, command, stdout, _ = ablated
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*.parquet")}
+    text = (out / "ablation.json").read_text()
+    (out / "ablation.json").unlink()
+    process = start(*command)
+    again, stderr = process.communicate()
+    assert process.returncode == 0, stderr
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("*.parquet")} == before
+    assert (out / "ablation.json").read_text() == text and again == stdout
+    assert "heal" in stdout and "equal_tokens" in stdout
+
+
+def test_the_page_has_the_arms_and_what_was_measured(ablated):
+    page = (ablated[0] / "report.html").read_text()
+    for words in ("What is each part worth?", "Is entropy informative", "Does PURE separate?", "random_breakpoint"):
+        assert words in page
+    assert "default-src 'none'" in page
+
+
+def test_bad_arguments_are_one_line(tmp_path, capsys):
+    out = ["--out", str(tmp_path / "x")]
+    assert "'hael' is no arm; there are rejection_sampling," in refused(capsys, "ablate", TINY, *out, "--arms", "hael")
+    assert "--seeds" in refused(capsys, "ablate", TINY, *out, "--seeds", "0")
+    assert "a folder on a disk" in refused(capsys, "ablate", TINY, "--out", "gs://bucket/x")
+    said = refused(capsys, "ablate", TINY, *out, "--train.row_tokens", "128")
+    assert "train.row_tokens: 128" in said and "256" in said
+    assert not (tmp_path / "x").exists()
+
+
+def test_arms():
+    assert [arm.name for arm in chosen([])] == [arm.name for arm in ARMS] and ARMS[0].name == BASELINE
+    assert [arm.name for arm in chosen(["heal"])] == [BASELINE, "heal"] and chosen(["none"]) == []
+    from heal_jax.config import Config
+
+    known = flatten(dataclasses.asdict(Config()))
+    for arm in ARMS:
+        assert arm.what and set(arm.settings) <= set(known)
+
+
+@given(st.integers(0, 5))
+def test_intervals_over_seeds_and_problems(seed):
+    """Against resampling by indices, one by one."""
+    rng = np.random.default_rng(seed)
+    values = rng.random((3, 8)) < rng.random(8)
+    drawn = [
+        np.mean([values[s][p] for s, p in [(s, p) for s in rng.integers(0, 3, 3) for p in problems]])
+        for problems in rng.integers(0, 8, (3000, 8))
+    ]
+    assert crossed(values.astype(float), 3000, 1) == pytest.approx(np.quantile(drawn, [0.025, 0.975]), abs=0.06)
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=9), st.lists(st.integers(0, 4), min_size=1, max_size=9))
+def test_auc(right, wrong):
+    expected = mannwhitneyu(wrong, right).statistic / (len(right) * len(wrong))
+    assert shortcuts.auc(np.array(right), np.array(wrong)) == pytest.approx(expected)
+
+
+def test_spoilt_solutions():
+    steps, others = ["a", "b", "c", "d", "\\boxed{1}"], ["x", "y", "\\boxed{2}"]
+    for seed in range(20):
+        made = shortcuts.spoilt(steps, others, lambda step: step + "!", np.random.default_rng(seed))
+        assert list(made) == list(shortcuts.KINDS) and all(m[-1] == steps[-1] and m != steps for m in made.values())
+        assert len(made["removed"]) == 4 and set(made["removed"]) < set(steps) and made["removed"][0] == "a"
+        assert sum(step.endswith("!") for step in made["corrupted"]) == 1 and made["corrupted"][0] == "a"
+        assert sorted(made["swapped"]) == sorted(steps)
+        assert made["replaced"] == steps[-1:] and made["foreign"] == ["x", "y", steps[-1]]
+    assert list(shortcuts.spoilt(["a", "z"], others, str, np.random.default_rng(0))) == ["replaced", "foreign"]
+    assert shortcuts.spoilt(["z"], others, str, np.random.default_rng(0)) == {}
+    assert shortcuts.another_digit("7 + 5 = 12.", np.random.default_rng(0)) != "7 + 5 = 12."
+
+
+chains = st.integers(2, 14).flatmap(
+    lambda k: st.tuples(
+        st.lists(st.floats(0, 2, width=32), min_size=k, max_size=k), st.integers(0, k), st.integers(0, 9)
+    )
+)
+
+
+@given(chains)
+def test_rules_of_cutting(chain):
+    """The method's own rule cuts where the method does; every rule is a distribution over the cuts."""
+    entropy, wrong, seed = np.array(chain[0], np.float32), chain[1], chain[2]
+    k, rng = len(entropy), np.random.default_rng(seed)
+    flawless, correct = np.sort(rng.random((2, k)), axis=0)
+    one = cuts.Cuts("p", wrong, entropy, flawless, correct, 1 + rng.random(k))
+    for name, choose in cuts.rules_of_cutting().items():
+        likely = choose(one)
+        assert likely.shape == (k,) and likely.sum() == pytest.approx(1) and (likely >= 0).all(), name
+    last = gear.last_candidate(k, 1 / 3)[k]
+    for kind in cuts.SURGES:
+        at = gear.breakpoints(
+            entropy[None], np.array([k]), np.array([last]), np.zeros((1, 2), np.uint32), np.zeros(1, np.int32),
+            kind="surge", surge_kind=kind,
+        )  # fmt: skip
+        for backup in cuts.BACKUPS:
+            chosen_cut = cuts.rules_of_cutting()[f"{kind}, window 1/3, backup {backup}"](one)
+            assert int(np.argmax(chosen_cut)) == max(0, int(at[0]) - backup)
+    where = cuts.located([one], cuts.rules_of_cutting()["random, window 1, backup 0"])
+    assert sum(where.values()) == pytest.approx(1) and min(where.values()) > -1e-9
+
+
+def test_yields_are_sums_over_sums():
+    rng = np.random.default_rng(0)
+    made = [
+        cuts.Cuts(f"p{i // 2}", 1, rng.random(4).astype(np.float32), rng.random(4), rng.random(4), 9 + rng.random(4))
+        for i in range(6)
+    ]
+    judged = cuts.judged(made, cuts.rules_of_cutting()["restart"], 500, 0)
+    flawless, tokens = sum(c.flawless[0] for c in made), sum(c.tokens[0] for c in made)
+    assert judged["flawless_per_1000_tokens"]["mean"] == pytest.approx(1000 * flawless / tokens)
+    low, high = judged["flawless_per_1000_tokens"]["ci95"]
+    assert low < 1000 * flawless / tokens < high and judged["kept"] == 0 == judged["keeps_a_fault"]
+
+
+def test_measured_on_the_tiny_run(ablated):
+    said = found(ablated[0])
+    where, rules = said["cuts"]["where"], said["cuts"]["rules"]
+    assert all(sum(part.values()) == pytest.approx(1) for part in where.values())
+    assert rules["restart"]["kept"] == 0 and rules["oracle"]["keeps_a_fault"] == 0
+    assert set(said["planted"]["auc"]["default"]) == set(shortcuts.KINDS)
+    assert said["planted"]["auc"]["default"]["replaced"]["mean"] > 0.9  # this teacher's answers come at the end
+    assert {"thresholds", "hindsight", "repair"} <= set(said["natural"])
