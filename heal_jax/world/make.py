@@ -33,8 +33,8 @@ class Recipe:
     world: World
     config: dict[str, Any]  # config.json
     skill: Skill
-    aid: Aid
     steps: int
+    aid: Aid
     seed: int
     batch: int = 16
     learning_rate: float = 3e-3
@@ -60,11 +60,11 @@ STUDENT = {
     "num_attention_heads": 3,
     "num_key_value_heads": 3,
 }
-# Of each world: what its teacher and its student do right unaided.
-SKILLS = {
-    "sums": (Skill(hard=0.15, medium=0.85), Skill(hard=0.05, medium=0.5)),
-    "rewriting": (Skill(hard=0.15, medium=0.85), Skill(hard=0.05, medium=0.5)),
-    "primes": (Skill(hard=0.15, medium=0.93), Skill(hard=0.05, medium=0.75)),
+# Of each world: what its teacher and its student do right unaided, and how many steps they are trained.
+MADE = {
+    "sums": ((Skill(hard=0.15, medium=0.85), 3000), (Skill(hard=0.05, medium=0.5), 2400)),
+    "rewriting": ((Skill(hard=0.15, medium=0.85), 2000), (Skill(hard=0.05, medium=0.5), 1600)),
+    "primes": ((Skill(hard=0.15, medium=0.93), 2000), (Skill(hard=0.05, medium=0.75), 1600)),
 }
 
 
@@ -82,10 +82,10 @@ def recipes(name: str = "sums") -> dict[str, Recipe]:
         "attention_bias": False,
         "bos_token_id": None,
     }
-    teacher, student = SKILLS[name]
+    teacher, student = MADE[name]
     return {
-        "teacher": Recipe(world, TEACHER | shared, teacher, Aid(hints=0.45), steps=3000, seed=1),
-        "student": Recipe(world, STUDENT | shared, student, Aid(hints=0.0), steps=2400, seed=2),
+        "teacher": Recipe(world, TEACHER | shared, *teacher, Aid(hints=0.45), seed=1),
+        "student": Recipe(world, STUDENT | shared, *student, Aid(hints=0.0), seed=2),
     }
 
 
