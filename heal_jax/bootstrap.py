@@ -18,9 +18,9 @@ def interval(values: np.ndarray, resamples: int, seed: int) -> list[float]:
 def crossed(values: np.ndarray, resamples: int, seed: int) -> list[float]:
     """The same where every seed has every problem: values [seeds, problems] -> [low, high].
 
-    Seeds and problems are resampled apart (Owen, arXiv 0712.1111): what the seeds have in common, a problem that all of
-    them find easy, does not count as often as there are seeds, and their own chance is in the interval, too. With one
-    seed only problems are.
+    Seeds and problems are resampled apart (the pigeonhole bootstrap: Owen 2007, doi 10.1214/07-AOAS122): a problem that
+    is easy for all seeds does not count as often as there are seeds, and their own chance is in the interval, too. With
+    one seed only problems are.
     """
     rng = np.random.default_rng([seed, values.shape[1]])
     seeds, problems = values.shape

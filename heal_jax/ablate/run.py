@@ -43,7 +43,7 @@ def ablate(
         of_seed = dataclasses.replace(config, seed=config.seed + number)
         folder, said = out / f"seed{of_seed.seed}", f"seed {of_seed.seed} ({number + 1}/{count})"
         progress.say(f"{said}: the teacher")
-        teachers.append(seeds.shared(of_seed, arms, folder / "teacher", progress))
+        teachers.append(seeds.shared(of_seed, arms, folder / "teacher", progress, measure and number == 0))
         if measure and number == 0:
             progress.say(f"{said}: breakpoints and PURE, measured directly")
             measures = seeds.measure(of_seed, folder / "teacher", progress)

@@ -36,10 +36,14 @@ BEFORE = ("teacher", "student_base")
 STUDENT = "heal"  # what the student of every arm is called in its directory
 
 
-def shared(config: Config, arms: Sequence[Arm], folder: Path, progress: Progress) -> dict[str, Any]:
-    """Make what the arms share, as far as they need it; the figures of the teacher and of the untrained student."""
+def shared(
+    config: Config, arms: Sequence[Arm], folder: Path, progress: Progress, measured: bool = False
+) -> dict[str, Any]:
+    """Make what the arms share, as far as they need it (or what is `measured`); the figures of the teacher and of the
+    untrained student.
+    """
     wanted = {name for arm in arms for name in arm.aided}
-    if any(arm.more for arm in arms):
+    if measured or any(arm.more for arm in arms):
         wanted |= {"hindsight", "repair"}
     stages: dict[str, Callable[[Run], None]] = {"sample": sample, "hindsight": hindsight, "repair": repair}
     stages = {name: stage for name, stage in stages.items() if name == "sample" or name in wanted}
