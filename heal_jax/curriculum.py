@@ -36,7 +36,8 @@ def curate(run: Run, variant: pace.Variant = pace.HEAL) -> None:
 
     Of stages that have not finished it takes what is there. Raises InputError where there is nothing.
     """
-    if unfinished := [name for name in ("sample", "hindsight", "repair") if run.directory.done(name) is None]:
+    stages = {1: "sample", 2: "hindsight", 3: "repair"}
+    if unfinished := [stages[stage] for stage in variant.stages if run.directory.done(stages[stage]) is None]:
         run.progress.say(f"curate     what is there so far: not finished are {', '.join(unfinished)}")
     record = once(lambda: _curate(run, variant))
     run.directory.finish("curate", [run.root / "decisions.parquet", run.root / "curriculum"], **record)
@@ -224,7 +225,7 @@ def training_plan(run: Run) -> tuple[dict[str, list[Phase]], int]:
     order = run.config.pace.order
     groups = pace.phases(order, stages)
     sizes = (len(stages[0]), len(stages[1]), len(stages[2]))
-    if order == "shuffled":
+    if order == "shuffled" or sum(map(bool, stages)) == 1:
         steps = [spec.steps]
     else:
         shares = stage_steps(run.config.pace.steps, spec.steps, sizes)

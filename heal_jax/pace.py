@@ -94,7 +94,8 @@ def curate(
         return stage, c.score if ranked and c.score is not None else 0.0, c.index
 
     seen: dict[tuple[int, tuple[int, ...]], str] = {}
-    room: dict[tuple[str, int], int] = defaultdict(lambda: per_problem)
+    most = 1 if variant.hardest < 1 else per_problem
+    room: dict[tuple[str, int], int] = defaultdict(lambda: most)
     kept: dict[str, int] = {}
     for c in sorted(passed, key=order):
         stage = STAGE_OF_KIND[c.kind]
@@ -103,9 +104,7 @@ def curate(
             continue
         seen[stage, c.sequence] = c.rollout_id
         if room[c.problem_id, stage] == 0:
-            refused[c.rollout_id] = (
-                f"over the {per_problem} example{'s' * (per_problem > 1)} of a problem in stage {stage}"
-            )
+            refused[c.rollout_id] = f"over the {most} example{'s' * (most > 1)} of a problem in stage {stage}"
             continue
         room[c.problem_id, stage] -= 1
         kept[c.rollout_id] = stage

@@ -53,7 +53,8 @@ def run_stages(
     after each, and at the end in any case (where `tell`). A stage whose inputs have changed since it was begun is done
     again.
     """
-    names = [name for name in STAGES if name in names or (name in run.again and _before(name, names[-1]))]
+    again = [name for name in run.again if name in stages and _before(name, names[-1])]
+    names = [name for name in STAGES if name in names or name in again]
     for name in names:
         directory = run.directory
         if directory.outdated(name):

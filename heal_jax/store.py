@@ -6,6 +6,7 @@ made again.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -175,6 +176,10 @@ def set_aside(path: Path, suffix: str) -> Path:
     return aside
 
 
+def _made_by(stage: str, shard: str) -> bool:
+    return _maker(shard) == stage
+
+
 def _maker(shard: str) -> str:
     """The stage that makes the shards of this name."""
     kind = shard.partition("/")[2].partition("-")[0]
@@ -281,7 +286,7 @@ class RunDirectory:
 
     def adopt(self, other: "RunDirectory", stages: Sequence[str]) -> None:
         """Take finished stages of another directory as they are, shards and files: links where the file system has
-        them, copies elsewhere. What is there already stays."""
+        them, copies elsewhere. What is there already stays, unless it was made anew there."""
 
         def take(name: str) -> None:
             source, target = other.root / name, self.root / name
@@ -295,11 +300,12 @@ class RunDirectory:
         for stage in stages:
             if (record := other.done(stage)) is None:
                 raise InputError(f"{other.root}: stage {stage} has not finished")
-            for name in [
-                s for s in other.manifest["shards"] if _maker(s) == stage and s not in self.manifest["shards"]
-            ]:
+            theirs = {s: recorded for s, recorded in other.manifest["shards"].items() if _maker(s) == stage}
+            if any(self.manifest["shards"].get(s, recorded) != recorded for s, recorded in theirs.items()):
+                self.forget(stage, shards=functools.partial(_made_by, stage))  # made again since, and not the same
+            for name in [s for s in theirs if s not in self.manifest["shards"]]:
                 take(f"{name}.parquet")
-                self.manifest["shards"][name] = other.manifest["shards"][name]
+                self.manifest["shards"][name] = theirs[name]
             if stage not in self.manifest["stages"]:
                 files = other.manifest.get("files", {}).get(stage, {})
                 for name in files:

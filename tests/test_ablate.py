@@ -167,7 +167,31 @@ def test_bad_arguments_are_one_line(tmp_path, capsys):
     assert "a folder on a disk" in refused(capsys, "ablate", TINY, "--out", "gs://bucket/x")
     said = refused(capsys, "ablate", TINY, *out, "--train.row_tokens", "128")
     assert "train.row_tokens: 128" in said and "256" in said
+    dev = tmp_path / "dev.yaml"
+    dev.write_text(
+        "evaluate: {dev: {problems: {source: 'world:sums', split: dev, counts: {easy: 1}}}}\n"
+        "problems: {counts: {easy: 1}}\n"
+    )
+    assert "evaluate.dev" in refused(capsys, "ablate", dev, *out)
     assert not (tmp_path / "x").exists()
+
+
+def test_rollouts_that_were_made_anew_are_adopted_anew(tmp_path):
+    """And what an arm made of the old ones counts no more."""
+    teacher, arm = RunDirectory(tmp_path / "teacher"), RunDirectory(tmp_path / "arm")
+    row = {"problem_id": "p", "rollout_id": "p/base/0/s0", "kind": "base", "tokens": [1]}
+    for tokens in ([1], [2]):
+        teacher.forget("sample", shards=lambda name: True)
+        teacher.shard("rollouts/base-00000", lambda tokens=tokens: [row | {"tokens": tokens}])
+        teacher.finish("sample", correct={})
+        arm.adopt(teacher, ["sample"])
+        assert arm.read("rollouts/base-00000")["tokens"].to_pylist() == [tokens]
+        assert arm.done("sample") is not None and arm.done("curate") is None
+        arm.begin("curate")
+        arm.finish("curate")
+        assert arm.done("curate") is not None
+        arm.adopt(teacher, ["sample"])  # nothing new
+        assert arm.done("curate") is not None
 
 
 def test_arms():

@@ -59,7 +59,7 @@ def test_world_gives_the_levels_asked_for():
         (ProblemSpec(counts={"easy": 0}), "problems.counts"),
         (ProblemSpec(counts={"hart": 3}), "did you mean 'hard'?"),
         (ProblemSpec(counts={"easy": 1, "hard": -1}), "problems.counts.hard"),
-        (ProblemSpec(source="world:moon", counts={"easy": 1}), "world:sums, world:rewriting, world:primes"),
+        (ProblemSpec(source="world:moon", counts={"easy": 1}), "world:sums, world:rewriting"),
         (ProblemSpec(counts={"easy": 1}, limit=3), "problems.limit"),
         (ProblemSpec(counts={"easy": 1}, options={"a": 1}), "problems.options"),
         (ProblemSpec(counts={"easy": 1}, skip=3), "problems.skip"),

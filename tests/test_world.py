@@ -16,11 +16,11 @@ import heal_jax.world
 from heal_jax.model.config import decoder_config, parse
 from heal_jax.problems.sources import Problem
 from heal_jax.store import RunDirectory
-from heal_jax.world import check, make, primes, problems, rewriting, sums, tokenizer, traces
+from heal_jax.world import check, make, problems, rewriting, sums, tokenizer, traces
 from heal_jax.world.base import LEVELS, PERFECT, Skill
 from heal_jax.world.worlds import WORLDS, world_of
 
-SUMS, REWRITING, PRIMES = WORLDS.values()
+SUMS, REWRITING = WORLDS.values()
 numbers = st.integers(10**9, 10**12 - 1)
 terms = st.lists(numbers, min_size=3, max_size=3)
 seeds = st.integers(0, 2**32 - 1)
@@ -61,14 +61,6 @@ def test_programs_end_the_same_in_whatever_order(seed):
         program = rewriting.rewritten(program, chosen)
     assert (program, len(met)) == (end, count)
     assert (met.count(("A#", "#B")), met.count(("B#", "#A"))) == (ab, ba)
-
-
-def test_primes_and_what_looks_like_them():
-    """Against trial division by every smaller number."""
-    for n in range(primes.LOW, primes.HIGH + 1, 2):
-        divisors = [d for d in range(2, n) if n % d == 0]
-        assert primes.factor(n) == min(divisors, default=n)
-        assert primes.looks_prime(n) == bool(divisors and not any(n % d == 0 for d in (2, 3, 5)))
 
 
 @each_world
@@ -125,9 +117,8 @@ def test_a_problem_of_rewriting_has_many_right_solutions():
     rng = np.random.default_rng(0)
     question = problems.take(REWRITING, "dev", {"hard": 1}, 0)[0][2]
     assert len({traces.unaided(REWRITING, question, PERFECT, rng) for _ in range(50)}) > 25
-    for world in (SUMS, PRIMES):
-        question = problems.take(world, "dev", {"hard": 1}, 0)[0][2]
-        assert len({traces.unaided(world, question, PERFECT, rng) for _ in range(50)}) == 1
+    question = problems.take(SUMS, "dev", {"hard": 1}, 0)[0][2]
+    assert len({traces.unaided(SUMS, question, PERFECT, rng) for _ in range(50)}) == 1
 
 
 def test_planted_faults_of_sums_are_as_frequent_as_said():
@@ -164,21 +155,6 @@ def test_planted_faults_of_rewriting_are_as_frequent_as_said():
     assert np.mean(met["B#", "#A"]) == pytest.approx(0.15, abs=0.04)
     assert np.mean(met["A#", "#B"]) == pytest.approx(0.85, abs=0.04)
     assert all(met["A#", "#A"]) and all(met["B#", "#B"])
-
-
-def test_planted_faults_of_primes_are_as_frequent_as_said():
-    rng, skill = np.random.default_rng(0), Skill(hard=0.15, medium=0.93)
-    weak, seeming, other = [], [], []
-    for _ in range(400):
-        for step in PRIMES.solve(PRIMES.draw(rng, plain=False), skill, rng):
-            number, said = int(step.partition(":")[0]), ", " in step
-            kind = other
-            if primes.looks_prime(number):
-                kind = weak if number // 100 in primes.WEAK else seeming
-            kind.append(said == (primes.factor(number) == number))
-    assert np.mean(weak) == pytest.approx(0.15, abs=0.03)
-    assert np.mean(seeming) == pytest.approx(0.93, abs=0.02)
-    assert all(other)
 
 
 @each_world
@@ -220,15 +196,15 @@ def test_pretraining_texts_fit_their_rows_and_their_vocabulary(world):
 
 
 def test_sources_know_their_world():
-    assert world_of("world:primes") is PRIMES
-    assert world_of("rg:count_primes") is None and world_of("world:moon") is None
+    assert world_of("world:rewriting") is REWRITING
+    assert world_of("rg:ab") is None and world_of("world:moon") is None
     from heal_jax.collect import wrong_step
 
-    question = problems.take(PRIMES, "dev", {"easy": 1}, 0)[0][2]
-    problem = Problem("p", "world:primes", "dev", "easy", question, PRIMES.answer(question), "exact")
+    question = problems.take(REWRITING, "dev", {"easy": 1}, 0)[0][2]
+    problem = Problem("p", "world:rewriting", "dev", "easy", question, REWRITING.answer(question), "exact")
     assert wrong_step(problem, "z") == 0
     with pytest.raises(ValueError, match="no step checker"):
-        wrong_step(dataclasses.replace(problem, source="rg:count_primes"), "z")
+        wrong_step(dataclasses.replace(problem, source="rg:ab"), "z")
 
 
 @given(text=st.text(alphabet="0123456789+-=: \n\\boxed{}abcxyzTAB#,*", max_size=60))

@@ -35,7 +35,8 @@ ARMS = (
     Arm(BASELINE, "the teacher's right unaided rollouts alone", Variant(stages=(1,))),
     Arm(
         "equal_tokens",
-        "rejection sampling with the teacher tokens of HEAL: of each problem more samples in place of aided ones",
+        "rejection sampling with HEAL's teacher tokens: of each problem more samples in place of aided ones (stage 1 "
+        "still takes pace.per_problem of them)",
         Variant(stages=(1,)),
         more=True,
     ),
@@ -46,7 +47,7 @@ ARMS = (
     ),
     Arm(
         "rationalisation",
-        "unaided rollouts, then all right ones with the answer in the prompt (after STaR)",
+        "stage 1, then the first right rollout of each hard problem with the answer in its prompt (after STaR)",
         Variant(stages=(1, 2), pure=False),
     ),
     Arm("heal", "all three stages"),

@@ -6,8 +6,6 @@ from typing import Any
 from heal_jax.ablate import figures
 from heal_jax.report.markup import Html, number, percent, plot, table, tag
 
-HELD = "difference, window 1/3, backup 1"  # HEAL's own rule
-
 
 def entropy(cuts: dict[str, Any]) -> Iterable[Html]:
     yield tag(

@@ -80,7 +80,8 @@ def cost(found: dict[str, Any]) -> Iterable[Html]:
         "p",
         "Tokens a problem: the teacher’s tokens for each held-out problem more that the student solves than before "
         "training; beyond baseline: what an arm costs more than rejection sampling for each problem more than that "
-        "solves. A dash: it solves none more. Tokens that are read and not decoded (prompts, PURE) are not counted.",
+        "solves. A dash: it solves none more. Tokens that are read and not decoded (prompts, PURE) are not counted; "
+        "seconds hold compiling, where an arm was the first to need a program.",
         class_="caption",
     )
 

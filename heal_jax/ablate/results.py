@@ -4,8 +4,8 @@
 per_seed}; examples by stage, tokens and loss_tokens trained on, teacher_tokens by kind of rollout and in all,
 teacher_seconds (means over seeds); per_problem: teacher tokens and seconds for each problem more that the student
 solves than it did before training, and beyond the baseline's; null where it solves none more. `before`: teacher and
-untrained student. `teacher`: by seed, problems by correct rollouts of n, strata. Shares are of 1; all accuracies are on
-the same held-out problems with the same samples.
+untrained student. `teacher`: by seed, problems by correct rollouts of n, strata. Seconds hold compiling. Shares are of
+1; all accuracies are on the same held-out problems with the same samples.
 """
 
 from collections.abc import Mapping, Sequence

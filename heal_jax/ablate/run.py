@@ -33,6 +33,7 @@ def ablate(
     teachers: list[dict[str, Any]] = []
     made: dict[str, list[dict[str, Any]]] = {arm.name: [] for arm in arms}
     measures: dict[str, Any] = {}
+    fuller = (out / FILE).is_file()
 
     def write() -> dict[str, Any]:
         found = ablation(config, problems, arms, teachers, made) | measures
@@ -44,13 +45,15 @@ def ablate(
         folder, said = out / f"seed{of_seed.seed}", f"seed {of_seed.seed} ({number + 1}/{count})"
         progress.say(f"{said}: the teacher")
         teachers.append(seeds.shared(of_seed, arms, folder / "teacher", progress, measure and number == 0))
-        if measure and number == 0:
+        if number == 0 and (measure or (folder / "teacher" / seeds.MEASURES).is_file()):
             progress.say(f"{said}: breakpoints and PURE, measured directly")
             measures = seeds.measure(of_seed, folder / "teacher", progress)
         for i, arm in enumerate(arms):
             progress.say(f"{said}: {arm.name} ({i + 1}/{len(arms)})")
-            made[arm.name].append(seeds.one(of_seed, arm, folder / arm.name, folder / "teacher", progress))
-            if number == 0:  # later ones make means over more seeds only when all arms have them
+            before = teachers[-1]["means"]["student_base"]
+            made[arm.name].append(seeds.one(of_seed, arm, folder / arm.name, folder / "teacher", before, progress))
+            # Later seeds make means over more seeds only when all arms have them; what an earlier call wrote has more.
+            if number == 0 and not fuller:
                 write()
     return write()
 
@@ -64,6 +67,10 @@ def _write(out: Path, found: dict[str, Any]) -> None:
 def _comparable(config: Config, out: Path) -> None:
     if str(out).startswith("gs:"):
         raise InputError(f"--out {out}: arms share rollouts by links; give a folder on a disk")
+    if config.evaluate.dev.problems.source:
+        raise InputError(
+            "evaluate.dev: checkpoints that are chosen on dev problems favour arms of more stages; ablate without it"
+        )
     if config.train.row_tokens < bucket(config.train.max_tokens):
         raise InputError(
             f"train.row_tokens: {config.train.row_tokens} may be less than an example has (train.max_tokens: "

@@ -6,7 +6,9 @@
 Each is an ordinary run directory, which `heal show` reads. A student's checkpoints go when it is evaluated.
 """
 
+import dataclasses
 import functools
+import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +22,7 @@ from heal_jax.ablate.arms import Arm
 from heal_jax.collect import hindsight, repair, sample, sample_more
 from heal_jax.config import MAIN, Config
 from heal_jax.curriculum import curate, train_students
+from heal_jax.errors import InputError
 from heal_jax.evaluate import evaluate, problem_means
 from heal_jax.pipeline import run_stages
 from heal_jax.progress import Progress
@@ -33,6 +36,7 @@ from heal_jax.world.worlds import world_of
 PATHS, REPEATS = 2, 4  # of an unsolved problem: failed rollouts that are cut everywhere, continuations of each cut
 ROLLOUTS, CERTAIN = 150, 40  # right rollouts that are spoilt, and how many are asked for the answer after each step
 BEFORE = ("teacher", "student_base")
+MEASURES = "measures.json"
 STUDENT = "heal"  # what the student of every arm is called in its directory
 
 
@@ -49,14 +53,22 @@ def shared(
     stages = {name: stage for name, stage in stages.items() if name == "sample" or name in wanted}
     stages["evaluate"] = functools.partial(evaluate, models=BEFORE)
     with open_run(config, folder, progress, command="heal ablate") as run:
+        if any(arm.variant.hinted for arm in arms) and not run.same_ids:
+            raise InputError(
+                "hint_left_in: the student has another tokenizer or chat template than the teacher, and cannot learn "
+                "what the teacher saw; name the other arms with --arms"
+            )
         run_stages(run, list(stages), stages, tell=False)
         means = {name: _means(run, name) for name in BEFORE}
         return {"means": means, "teacher": _teacher(run), "work": _work(run)}
 
 
-def one(config: Config, arm: Arm, folder: Path, teacher: Path, progress: Progress) -> dict[str, Any]:
+def one(
+    config: Config, arm: Arm, folder: Path, teacher: Path, untrained: np.ndarray, progress: Progress
+) -> dict[str, Any]:
     """Make one arm from what is in `teacher`, and its figures: means [problems] float64 of its student; by kind of
     rollout the teacher's tokens, and the seconds for those that are its own; examples by stage; tokens trained on.
+    untrained: the means of a student that there is nothing to train on.
     """
     adopted = ["sample", *(name for name in arm.aided if name != "repair" or not arm.own_repairs)]
 
@@ -75,17 +87,27 @@ def one(config: Config, arm: Arm, folder: Path, teacher: Path, progress: Progres
 
         def adopt() -> dict[str, Any]:
             run.directory.adopt(RunDirectory(teacher), adopted)
+            variant = json.loads(json.dumps(dataclasses.asdict(arm.variant)))
+            if run.directory.manifest.get("variant", variant) != variant:
+                run.directory.forget("curate")
+            run.directory.update(variant=variant)
             return run.directory.manifest
 
         run.directory.manifest = processes.once(adopt)
         if arm.more:
             more(run)
-        run_stages(run, list(stages), stages, tell=False)
-        processes.once(lambda: remove(place(run.root / "checkpoints")))
+        first = [name for name in stages if name in ("repair", "curate")]
+        run_stages(run, first, stages, tell=False)
         record = run.directory.manifest["stages"]
-        trained = record["train"][STUDENT]
+        if any(made["examples"] for made in record["curate"]["stages"].values()):
+            run_stages(run, list(stages), stages, tell=False)
+            trained, means = record["train"][STUDENT], _means(run, STUDENT)
+        else:
+            progress.say(f"{arm.name}: nothing to train on, so its student stays what it was")
+            trained, means = {"tokens": 0, "loss_tokens": 0}, untrained
+        processes.once(lambda: remove(place(run.root / "checkpoints")))
         return {
-            "means": _means(run, STUDENT),
+            "means": means,
             "tokens": decoded_tokens(run.directory),
             "work": _work(run),
             "examples": {stage: made["examples"] for stage, made in record["curate"]["stages"].items()},
@@ -96,7 +118,7 @@ def one(config: Config, arm: Arm, folder: Path, teacher: Path, progress: Progres
 
 def measure(config: Config, folder: Path, progress: Progress) -> dict[str, Any]:
     """Breakpoints and PURE, measured directly on the rollouts in `folder`; kept in measures.json there."""
-    if (path := folder / "measures.json").is_file():
+    if (path := folder / MEASURES).is_file():
         return read_json(path)
     with open_run(config, folder, progress, command="heal ablate --measure") as run:
         found: dict[str, Any] = {}

@@ -21,7 +21,6 @@ from heal_jax.run import Run
 from heal_jax.shapes import ScoreShape, bucket, score_shape
 from heal_jax.world.worlds import world_of
 
-PROBE = "\n\n\\boxed{"  # DESIGN's pure.probe, as short as these models know it
 WEIGHTS = (0.0, 0.5, 1.0)  # lambda, besides the config's own
 KINDS = ("removed", "corrupted", "swapped", "replaced", "foreign")
 
@@ -52,7 +51,7 @@ def readings(epsilon: float, weight: float) -> dict[str, Reading]:
         return text.ppl / (text.expected + epsilon)
 
     def after(text: Text) -> float:
-        return float("nan") if text.certainty is None else float(text.certainty[-1]) if len(text.certainty) else 20.0
+        return float("nan") if text.certainty is None or not len(text.certainty) else float(text.certainty[-1])
 
     def over(text: Text, before: bool, add: float) -> float:
         """PPL_k against U_k: after the step, or before it."""
@@ -116,8 +115,9 @@ def texts(run: Run, solutions: Sequence[tuple[str, Sequence[str]]], certain: int
     lm, spec, tokenizer = run.teacher, run.config.pure, run.teacher.tokenizer
     tokens = [tuple(tokenizer.encode("\n\n".join(steps))) for _, steps in solutions]
     pairs = [(run.prompts[problem], ids) for (problem, _), ids in zip(solutions, tokens)]
-    read = score_texts(lm, pairs, score_shape(run.config, longest_prompt(run)))
     width = bucket(max(map(len, tokens)))
+    shape = score_shape(run.config, longest_prompt(run))
+    read = score_texts(lm, pairs, dataclasses.replace(shape, length=max(shape.length, width)))
     index, _, _ = thinking_steps(lm, tokens, width, run.config.grade)
     rows = len(tokens)
     logprob, entropy = np.zeros((2, rows, width), np.float32)
@@ -145,12 +145,12 @@ def texts(run: Run, solutions: Sequence[tuple[str, Sequence[str]]], certain: int
 
 def _certainties(run: Run, solutions: Sequence[tuple[str, Sequence[str]]]) -> list[np.ndarray]:
     """U_k after each step but the answer: mean negative log-likelihood of the true answer after the probe, in nats."""
-    tokenizer = run.teacher.tokenizer
+    tokenizer, probe = run.teacher.tokenizer, "\n\n" + run.config.grade.answer_open
     pairs, owners = [], []
     for i, (problem, steps) in enumerate(solutions):
         said = tuple(tokenizer.encode(run.by_id[problem].answer))
         for k in range(1, len(steps)):
-            before = tokenizer.encode("\n\n".join(steps[:k]) + PROBE)
+            before = tokenizer.encode("\n\n".join(steps[:k]) + probe)
             pairs.append((run.prompts[problem] + tuple(before), said))
             owners.append(i)
     if not pairs:
@@ -234,7 +234,12 @@ def natural(run: Run) -> dict[str, Any]:
         return {}
     spec, columns = run.config.pure, ["problem_id", "kind", "grade", "text", "pure_score", "step_ppl"]
     rows = run.directory.rollouts().select([*columns, "step_expected_ppl"]).to_pylist()
-    rows = [row for row in rows if row["grade"] == "correct" and row["pure_score"] is not None]
+    leaks = [re.compile(pattern) for pattern in run.config.gear.leak_patterns]  # those never come to PURE
+    rows = [
+        row
+        for row in rows
+        if row["grade"] == "correct" and row["pure_score"] is not None and not any(p.search(row["text"]) for p in leaks)
+    ]
     unaided = [row["pure_score"] for row in rows if row["kind"] == "base"]
     limits = {"fixed": spec.threshold, "calibrated": float(np.quantile(unaided, 0.95)) if unaided else spec.threshold}
     found: dict[str, Any] = {"thresholds": limits}

@@ -16,7 +16,7 @@ class WorldArguments:
 
     out: Path
     """Folder for teacher/ and student/."""
-    world: tyro.conf.Positional[Literal["sums", "rewriting", "primes"]] = "sums"
+    world: tyro.conf.Positional[Literal["sums", "rewriting"]] = "sums"
     """Which world's."""
 
 

@@ -8,13 +8,12 @@ from pathlib import Path
 
 from heal_jax.errors import InputError
 
-NAMES = ("sums", "rewriting", "primes")
 # The first world's models go without its name: builtin:teacher.
-MODELS = tuple(f"{world}{role}" for world in ("", "rewriting-", "primes-") for role in ("teacher", "student"))
+MODELS = tuple(f"{world}{role}" for world in ("", "rewriting-") for role in ("teacher", "student"))
 
 
 def model_folder(name: str) -> Path:
-    """The folder of a shipped model, such as teacher or primes-student."""
+    """The folder of a shipped model, such as teacher or rewriting-student."""
     if name not in MODELS:
         raise InputError(
             f"builtin:{name}: no such built-in model; there are {', '.join(f'builtin:{known}' for known in MODELS)}"

@@ -64,7 +64,6 @@ STUDENT = {
 MADE = {
     "sums": ((Skill(hard=0.15, medium=0.85), 3000), (Skill(hard=0.05, medium=0.5), 2400)),
     "rewriting": ((Skill(hard=0.15, medium=0.85), 2000), (Skill(hard=0.05, medium=0.5), 1600)),
-    "primes": ((Skill(hard=0.15, medium=0.93), 2000), (Skill(hard=0.05, medium=0.75), 1600)),
 }
 
 
