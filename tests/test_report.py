@@ -98,13 +98,14 @@ def rollouts(world: World, problem: dict, terms: list[int], hostile: str) -> lis
     """Base, hindsight and repair rollouts of one problem, each with its stage and the reason."""
     rng, made, failures = np.random.default_rng(3), [], []
     sums, question = Sums(), question_of(terms)
-    right = sums.solve(question, PERFECT, rng)
+    right = [f"{step}\n\n" for step in sums.solve(question, PERFECT, rng)]
     end = ANSWER.format(answer=problem["answer"])
     for n in range(SAMPLES):
         if n < round(problem["pass_rate"] * SAMPLES):
             made.append((world.rollout(problem, f"base/{n}", [*right, end]), 1, "kept"))
             continue
-        wrong = sums.solve(question, Skill(hard=0, medium=0), rng, right[:3])
+        lost = f"{right[2].rpartition('=')[0]}=0"  # with its carry
+        wrong = [f"{step}\n\n" for step in sums.solve(question, Skill(hard=0, medium=0), rng, [*right[:2], lost])]
         steps = [*right[:3], "!" + wrong[0], *wrong[1:]]
         said = ANSWER.format(answer=sums.read(question, wrong)) + hostile
         row = world.rollout(problem, f"base/{n}", [*steps, said])
