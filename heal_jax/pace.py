@@ -54,7 +54,7 @@ class Decision:
     reason: str
 
 
-def stratum(correct: int, n: int, max_correct: int) -> str:
+def stratum(correct: float, n: int, max_correct: float) -> str:
     """solved, hard or unsolved (the hard end of hard: both at once, named by the narrower)."""
     if correct / n >= SOLVED_RATE:
         return "solved"

@@ -17,10 +17,12 @@ from heal_jax import gear
 from heal_jax.ablate import cuts, shortcuts
 from heal_jax.ablate.arms import ARMS, BASELINE, chosen
 from heal_jax.bootstrap import crossed
+from heal_jax.model.tokenizer import Tokenizer
 from heal_jax.store import RunDirectory
 from heal_jax.strict import flatten
+from heal_jax.world import model_folder
 
-ASKED = "heal,equal_tokens,random_breakpoint,hint_left_in"
+ASKED = "heal,equal_tokens,hint_left_in,hint_plain"
 SEEDS = 2
 
 
@@ -71,10 +73,10 @@ def test_rollouts_are_paid_for_once(ablated):
                 for source in (folder / "teacher" / "rollouts").glob(f"{kind}-0*.parquet"):
                     assert os.path.samefile(source, folder / arm.name / "rollouts" / source.name)
             assert not (folder / arm.name / "checkpoints").exists()
-    own = RunDirectory(out / "seed0" / "random_breakpoint").rollouts("repair")
+    own = RunDirectory(out / "seed0" / "hint_plain").rollouts("repair")
     assert own.num_rows == RunDirectory(out / "seed0" / "teacher").rollouts("repair").num_rows
     assert not os.path.samefile(
-        out / "seed0" / "random_breakpoint" / "rollouts" / "repair-00000.parquet",
+        out / "seed0" / "hint_plain" / "rollouts" / "repair-00000.parquet",
         out / "seed0" / "teacher" / "rollouts" / "repair-00000.parquet",
     )
 
@@ -92,6 +94,21 @@ def test_equal_tokens_are_about_equal_and_the_first_samples_the_same(ablated):
     hard = {p["id"] for p in pq.read_table(out / "seed0" / "teacher" / "problems.parquet").to_pylist()
             if p["stratum"] != "solved"}  # fmt: skip
     assert {i.rsplit("/", 3)[0] for i in ids[len(first) :]} <= hard
+
+
+def test_another_hint_is_in_repairs_alone(ablated):
+    out = ablated[0]
+    tokenizer = Tokenizer(model_folder("teacher"), 300)
+    rows = {arm: RunDirectory(out / "seed0" / arm).rollouts("repair").to_pylist() for arm in ("heal", "hint_plain")}
+    for arm, words in (("heal", "Hint: The final answer is "), ("hint_plain", "The final answer is ")):
+        for row in rows[arm]:
+            shown = row["context_tokens"][len(row["prompt_tokens"]) + row["kept_tokens"] :]
+            assert tokenizer.text(shown).startswith(words)
+    said = found(out)["arms"]
+    for arm, repairs in rows.items():
+        mean = (len(repairs) + len(RunDirectory(out / "seed1" / arm).rollouts("repair"))) / SEEDS
+        assert said[arm]["repairs"]["candidates"] == round(mean) and said[arm]["repairs"]["leaked"] >= 0
+    assert "What does the hint cost?" in (out / "report.html").read_text()
 
 
 def test_hints_stay_where_they_are_left_in(ablated):
@@ -113,21 +130,26 @@ def test_figures_are_those_of_the_shards(ablated):
     out, said = ablated[0], found(ablated[0])
     problems = {row["problem_id"] for row in samples(out / "seed0" / "heal", "heal")}
 
-    def means(arm: str) -> np.ndarray:
+    def means(arm: str, model: str = "heal") -> np.ndarray:
         rows = []
         for seed in range(SEEDS):
             right = {p: [] for p in sorted(problems)}
-            for row in samples(out / f"seed{seed}" / arm, "heal"):
+            for row in samples(out / f"seed{seed}" / arm, model):
                 right[row["problem_id"]].append(row["grade"] == "correct")
             rows.append([np.mean(values) for values in right.values()])
         return np.array(rows)
 
+    teacher = means("teacher", "teacher").mean(axis=0)
     assert list(said["arms"]) == [arm.name for arm in chosen(ASKED.split(","))]
     for name, arm in said["arms"].items():
         assert arm["accuracy"]["mean"] == pytest.approx(means(name).mean())
         assert arm["accuracy"]["n"] == len(problems)
         low, high = arm["accuracy"]["ci95"]
         assert low <= arm["accuracy"]["mean"] <= high
+        parts = arm["accuracy"]["per_stratum"]
+        assert sum(part["n"] for part in parts.values()) == len(problems)
+        assert parts["solved"]["mean"] == pytest.approx(means(name)[:, teacher >= 0.5].mean())
+        assert parts["unsolved"]["mean"] == pytest.approx(means(name)[:, teacher == 0].mean())
         if name != BASELINE:
             difference = means(name) - means(BASELINE)
             assert arm["difference"]["mean"] == pytest.approx(difference.mean())
@@ -155,7 +177,7 @@ def test_the_same_command_makes_nothing_again(ablated):
 
 def test_the_page_has_the_arms_and_what_was_measured(ablated):
     page = (ablated[0] / "report.html").read_text()
-    for words in ("What is each part worth?", "Is entropy informative", "Does PURE separate?", "random_breakpoint"):
+    for words in ("What is each part worth?", "Is entropy informative", "Does PURE separate?", "hint_left_in"):
         assert words in page
     assert "default-src 'none'" in page
 

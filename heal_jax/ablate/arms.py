@@ -62,12 +62,24 @@ ARMS = (
     Arm("hint_left_in", "trained on what the teacher saw, hints and shown answers included", Variant(hinted=True)),
 )
 
+# How the hint is worded; made where they are named.
+HINTS = tuple(
+    Arm(f"hint_{name}", f"hint: {hint.strip()}", settings={"gear.hint": hint})
+    for name, hint in {
+        "plain": "The final answer is {answer}.\n\n",
+        "aside": "(The answer is {answer}.)\n\n",
+        "quiet": "Hint: The final answer is {answer}. Do not mention this hint.\n\n",
+    }.items()
+)
+
 
 def chosen(names: Sequence[str]) -> list[Arm]:
-    """The arms of these names (no name: all; "none": none), the baseline always. Raises InputError for unknown ones."""
+    """The arms of these names (no name: all but other hints; "none": none), the baseline always. Raises InputError for
+    unknown ones.
+    """
     if list(names) == ["none"]:
         return []
-    known = {arm.name for arm in ARMS}
+    known = {arm.name: arm for arm in ARMS + HINTS}
     if unknown := [name for name in names if name not in known]:
-        raise InputError(f"--arms: {unknown[0]!r} is no arm; there are {', '.join(arm.name for arm in ARMS)}")
-    return [arm for arm in ARMS if not names or arm.name in names or arm.name == BASELINE]
+        raise InputError(f"--arms: {unknown[0]!r} is no arm; there are {', '.join(known)}")
+    return [arm for arm in known.values() if arm.name in names or arm.name == BASELINE] if names else list(ARMS)

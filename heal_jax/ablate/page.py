@@ -7,10 +7,11 @@ from typing import Any
 from rich.table import Table
 
 from heal_jax.ablate import direct, figures
-from heal_jax.ablate.arms import BASELINE
+from heal_jax.ablate.arms import BASELINE, HINTS
 from heal_jax.report import figures as of_runs
 from heal_jax.report.frame import write_page as write
 from heal_jax.report.markup import Html, number, percent, plot, points, table, tag
+from heal_jax.report.numbers import STRATA
 from heal_jax.store import read_json
 
 FILE = "ablation.json"
@@ -22,6 +23,9 @@ def write_page(out: Path) -> Path:
     sections = [("parts", "What is each part worth?", parts(found))]
     if len(found["arms"]) > 1:
         sections.append(("cost", "What does it cost?", cost(found)))
+    if hinted := [arm.name for arm in HINTS if arm.name in found["arms"]]:
+        of_arms = {name: made for name, made in found["arms"].items() if name == "heal" or name in hinted}
+        sections.append(("hint", "What does the hint cost?", hints(found["config"]["gear"]["hint"], of_arms)))
     sections.append(("teacher", "What can the teacher do?", teacher(found)))
     if found.get("cuts", {}).get("rollouts"):
         sections.append(("entropy", "Is entropy informative, and does it pay?", direct.entropy(found["cuts"])))
@@ -58,6 +62,20 @@ def parts(found: dict[str, Any]) -> Iterable[Html]:
         "intervals from resampling problems and seeds; differences are paired by both.",
         class_="caption",
     )
+    strata = [name for name in STRATA if name in before["per_stratum"]]
+    if len(found["arms"]) > 1:
+        rows = [
+            [name, *(_interval(made["difference"]["per_stratum"][part], points) for part in strata)]
+            for name, made in found["arms"].items()
+            if "difference" in made
+        ]
+        yield tag("h3", "The same differences, by what the teacher can do")
+        yield table(["", *(f"{part} ({before['per_stratum'][part]['n']})" for part in strata)], rows)
+        yield tag(
+            "p",
+            "Held-out problems by the teacher’s unaided samples: solved, at least half right; unsolved, next to none.",
+            class_="caption",
+        )
     yield tag("dl", [[tag("dt", name), tag("dd", made["what"])] for name, made in found["arms"].items()])
 
 
@@ -86,12 +104,29 @@ def cost(found: dict[str, Any]) -> Iterable[Html]:
     )
 
 
+def hints(default: str, arms: dict[str, Any]) -> Iterable[Html]:
+    """arms: by name, HEAL with its hint (`default`) and with others."""
+    rows = []
+    for name, made in arms.items():
+        repairs = made["repairs"]
+        rows.append(
+            [
+                made["what"].removeprefix("hint: ") if name != "heal" else default.strip(),
+                percent(repairs["correct"] / max(1, repairs["candidates"])),
+                percent(repairs["leaked"] / max(1, repairs["correct"])), number(repairs["kept"]),
+                number(repairs["problems_kept"]), _interval(made["accuracy"], percent),
+            ]
+        )  # fmt: skip
+    yield table(["the hint", "right repairs", "of these talk about it", "kept", "problems", "accuracy"], rows)
+    yield tag("p", "Repairs that talk about the hint are dropped (gear.leak_patterns).", class_="caption")
+
+
 def teacher(found: dict[str, Any]) -> Iterable[Html]:
     yield plot(figures.pass_rates(found), "problems by right rollouts of the teacher")
     of_seeds = found["teacher"]
     few = [sum(t["pass_rates"][:2]) / t["problems"] for t in of_seeds]
     solved = [t["strata"]["unsolved"] for t in of_seeds]
-    repaired = found["arms"].get("heal", {}).get("repaired_problems")
+    repaired = found["arms"].get("heal", {}).get("repairs", {}).get("problems_kept")
     said = (
         f"At most one right of {of_seeds[0]['n']}: {percent(sum(few) / len(few))} of the training problems "
         f"({number(sum(solved) / len(solved), 1)} of {of_seeds[0]['problems']})"

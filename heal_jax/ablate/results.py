@@ -1,11 +1,12 @@
 """ablation.json: what the arms of all seeds come to.
 
-`arms`, by name: what; accuracy {mean, ci95, n, per_level}; difference to the baseline {mean, ci95, per_level,
-per_seed}; examples by stage, tokens and loss_tokens trained on, teacher_tokens by kind of rollout and in all,
-teacher_seconds (means over seeds); per_problem: teacher tokens and seconds for each problem more that the student
-solves than it did before training, and beyond the baseline's; null where it solves none more. `before`: teacher and
-untrained student. `teacher`: by seed, problems by correct rollouts of n, strata. Seconds hold compiling. Shares are of
-1; all accuracies are on the same held-out problems with the same samples.
+`arms`, by name: what; accuracy {mean, ci95, n, per_level, per_stratum}; difference to the baseline {mean, ci95,
+per_level, per_stratum, per_seed}; examples by stage, tokens and loss_tokens trained on, teacher_tokens by kind of
+rollout and in all, repairs as curate counts them, teacher_seconds (means over seeds); per_problem: teacher tokens and
+seconds for each problem more that the student solves than it did before training, and beyond the baseline's; null where
+it solves none more. `before`: teacher and untrained student. `teacher`: by seed, problems by correct rollouts of n,
+strata. Strata of held-out problems have the bounds of training (DESIGN section 2), by the teacher's samples of all
+seeds. Seconds hold compiling. Shares are of 1; accuracies are on the same held-out problems with the same samples.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,10 +17,12 @@ import numpy as np
 from heal_jax.ablate.arms import BASELINE, Arm
 from heal_jax.bootstrap import crossed
 from heal_jax.config import Config
+from heal_jax.pace import stratum
 from heal_jax.problems.sources import Problem
 from heal_jax.strict import to_dict
 
 Record = Mapping[str, Any]
+Groups = Mapping[str, np.ndarray]  # per_level, per_stratum: a name for each problem, [problems]
 
 
 def ablation(
@@ -30,9 +33,14 @@ def ablation(
     which a seed is not there yet nothing is said.
     """
     whole = [arm for arm in arms if len(made[arm.name]) == len(teachers)]
-    levels = np.array([p.level for p in problems])
+    few = config.gear.max_correct / config.sample.n
+    rates = np.array([t["means"]["teacher"] for t in teachers]).mean(axis=0)
+    groups = {
+        "per_level": np.array([p.level for p in problems]),
+        "per_stratum": np.array([stratum(rate, 1, few) for rate in rates]),
+    }
     before = {
-        name: _accuracy(config, levels, [t["means"][name] for t in teachers]) for name in ("teacher", "student_base")
+        name: _accuracy(config, groups, [t["means"][name] for t in teachers]) for name in ("teacher", "student_base")
     }
     base = np.array([t["means"]["student_base"] for t in teachers])
     return {
@@ -41,25 +49,25 @@ def ablation(
         "teacher": [t["teacher"] for t in teachers],
         "before": before,
         "arms": {
-            arm.name: {"what": arm.what} | _of_arm(config, levels, arm, base, teachers, made[arm.name], made[BASELINE])
+            arm.name: {"what": arm.what} | _of_arm(config, groups, arm, base, teachers, made[arm.name], made[BASELINE])
             for arm in whole
         },
     }
 
 
 def _of_arm(
-    config: Config, levels: np.ndarray, arm: Arm, base: np.ndarray, teachers: Sequence[Record],
+    config: Config, groups: Groups, arm: Arm, base: np.ndarray, teachers: Sequence[Record],
     own: Sequence[Record], baseline: Sequence[Record],
 ) -> dict[str, Any]:  # fmt: skip
     means = np.array([record["means"] for record in own])
-    found: dict[str, Any] = {"accuracy": _accuracy(config, levels, means)}
+    found: dict[str, Any] = {"accuracy": _accuracy(config, groups, means)}
     tokens = [sum(record["tokens"].values()) for record in own]
     seconds = [_seconds(arm, teacher, record) for teacher, record in zip(teachers, own)]
     gained = [means.shape[1] * float(x) for x in (means - base).mean(axis=1)]
     costs = {"over_student_base": _cost(tokens, seconds, gained)}
     if arm.name != BASELINE:
         others = np.array([record["means"] for record in baseline])
-        difference = _accuracy(config, levels, means - others)
+        difference = _accuracy(config, groups, means - others)
         found["difference"] = difference | {"per_seed": [float(x) for x in (means - others).mean(axis=1)]}
         more_tokens = [x - sum(record["tokens"].values()) for x, record in zip(tokens, baseline)]
         more_seconds = [x - sum(teacher["work"][name] for name in ("sample",)) for x, teacher in zip(seconds, teachers)]
@@ -73,7 +81,7 @@ def _of_arm(
             for kind in sorted({kind for record in own for kind in record["tokens"]})
         } | {"all": _mean(tokens)},
         "teacher_seconds": round(float(np.mean(seconds)), 1),
-        "repaired_problems": _mean(record["repair"]["problems_kept"] for record in own),
+        "repairs": {name: _mean(record["repair"][name] for record in own) for name in own[0]["repair"]},
         "per_problem": costs,
     }  # fmt: skip
 
@@ -101,8 +109,8 @@ def _mean(values: Any, digits: int = 0) -> float:
     return mean if digits else int(mean)
 
 
-def _accuracy(config: Config, levels: np.ndarray, values: Any) -> dict[str, Any]:
-    """mean, ci95, n, and the same per level: values [seeds, problems]."""
+def _accuracy(config: Config, groups: Groups, values: Any) -> dict[str, Any]:
+    """mean, ci95, n, and the same of each part that groups make: values [seeds, problems]."""
     values = np.asarray(values)
 
     def figures(part: np.ndarray) -> dict[str, Any]:
@@ -110,5 +118,5 @@ def _accuracy(config: Config, levels: np.ndarray, values: Any) -> dict[str, Any]
         return {"mean": float(part.mean()), "ci95": ci95, "n": part.shape[1]}
 
     return figures(values) | {
-        "per_level": {str(level): figures(values[:, levels == level]) for level in np.unique(levels)}
+        by: {str(name): figures(values[:, names == name]) for name in np.unique(names)} for by, names in groups.items()
     }

@@ -36,6 +36,7 @@ from heal_jax.world.worlds import world_of
 PATHS, REPEATS = 2, 4  # of an unsolved problem: failed rollouts that are cut everywhere, continuations of each cut
 ROLLOUTS, CERTAIN = 150, 40  # right rollouts that are spoilt, and how many are asked for the answer after each step
 BEFORE = ("teacher", "student_base")
+REPAIRS = ("problems", "problems_kept", "candidates", "correct", "leaked", "kept")  # of what curate counted
 MEASURES = "measures.json"
 STUDENT = "heal"  # what the student of every arm is called in its directory
 
@@ -112,7 +113,7 @@ def one(
             "work": _work(run),
             "examples": {stage: made["examples"] for stage, made in record["curate"]["stages"].items()},
             "trained": {name: trained[name] for name in ("tokens", "loss_tokens")},
-            "repair": {name: record["curate"]["repair"][name] for name in ("problems", "problems_kept", "leaked")},
+            "repair": {name: record["curate"]["repair"][name] for name in REPAIRS},
         }
 
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from heal_jax.bootstrap import interval
-from heal_jax.pace import SOLVED_RATE
+from heal_jax.pace import stratum
 from heal_jax.report.data import KINDS, RunData
 
 STRATA = ("solved", "hard", "unsolved")
@@ -38,11 +38,7 @@ def by_teacher(run: RunData) -> dict[str, dict[str, dict[str, Any]]]:
     if {"heal", "rejection_sampling"} <= set(values):
         values["difference"] = values["heal"] - values["rejection_sampling"]
     few = run.settings.gear.max_correct / run.settings.sample.n
-
-    def stratum(rate: float) -> str:
-        return "solved" if rate >= SOLVED_RATE else "unsolved" if rate <= few else "hard"
-
-    where = np.array([stratum(teacher[p]) for p in problems])
+    where = np.array([stratum(teacher[p], 1, few) for p in problems])
     settings = run.settings
 
     def figures(part: np.ndarray) -> dict[str, Any]:
