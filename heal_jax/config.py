@@ -34,7 +34,7 @@ class ModelSpec:
 
     path: str = "builtin:teacher"
     """A folder, or one of the models in the package, so that nothing is downloaded: builtin:teacher and builtin:student
-    for world:sums, builtin:rewriting-teacher and builtin:rewriting-student for world:rewriting."""
+    for world:sums, and those of the other built-in worlds (builtin:rewriting-teacher, builtin:legs-student)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """float32 computes the same on every machine; bfloat16 halves memory and is what accelerators are fast at."""
 
@@ -58,9 +58,9 @@ class ProblemSpec:
     """Where problems come from."""
 
     source: str = "world:sums"
-    """world:sums, world:rewriting (built in), rg:FAMILY (reasoning-gym), jsonl:FILE (one object a line with question
-    and answer), parquet:FILE, tfds:NAME[/CONFIG][:VERSION] (such as tfds:gsm8k), tfds_dir:FOLDER (a
-    prepared set), hf:NAME (the datasets package: a set of the hub, or a local folder)."""
+    """world:sums, world:rewriting, world:legs (built in), rg:FAMILY (reasoning-gym), jsonl:FILE (one object a line with
+    question and answer), parquet:FILE, tfds:NAME[/CONFIG][:VERSION] (such as tfds:gsm8k), tfds_dir:FOLDER (a prepared
+    set), hf:NAME (the datasets package: a set of the hub, or a local folder)."""
     split: Literal["train", "dev", "test"] = "train"
     """world: the hash split to draw from. Other sources: a label, written to problems.parquet; tfds, tfds_dir and hf
     read the split of that name where options names none."""

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import reasoning_gym
+from conftest import refused, start
 from hypothesis import given
 from hypothesis import strategies as st
 from reasoning_gym.algorithmic.ab import compute_steps
@@ -16,11 +17,11 @@ import heal_jax.world
 from heal_jax.model.config import decoder_config, parse
 from heal_jax.problems.sources import Problem
 from heal_jax.store import RunDirectory
-from heal_jax.world import check, make, problems, rewriting, sums, tokenizer, traces
+from heal_jax.world import check, legs, make, problems, rewriting, sums, tokenizer, traces
 from heal_jax.world.base import LEVELS, PERFECT, Skill
 from heal_jax.world.worlds import WORLDS, world_of
 
-SUMS, REWRITING = WORLDS.values()
+SUMS, REWRITING, LEGS = WORLDS.values()
 numbers = st.integers(10**9, 10**12 - 1)
 terms = st.lists(numbers, min_size=3, max_size=3)
 seeds = st.integers(0, 2**32 - 1)
@@ -157,6 +158,46 @@ def test_planted_faults_of_rewriting_are_as_frequent_as_said():
     assert all(met["A#", "#A"]) and all(met["B#", "#B"])
 
 
+def test_planted_faults_of_legs_are_as_frequent_as_said():
+    rng, skill = np.random.default_rng(0), Skill(hard=0.15, medium=0.85)
+    met = {"hard": [], "medium": [], None: []}
+    for _ in range(400):
+        total = 0
+        for step in LEGS.solve(question := LEGS.draw(rng, plain=False), skill, rng):
+            said, _, now = step.partition(" = ")
+            count, animal = said.partition(":")[0].split(" ", 1)
+            found = [(a, c) for a, c in legs.herd_of(question) if legs.named(a, c) == f"{count} {animal}"]
+            [(kind, many)] = found
+            met[legs.weak(kind, many)].append(int(now) - total == many * legs.ANIMALS[kind])
+            total = int(now)
+    assert np.mean(met["hard"]) == pytest.approx(0.15, abs=0.04)
+    assert np.mean(met["medium"]) == pytest.approx(0.85, abs=0.04)
+    assert all(met[None])
+
+
+def test_errors_of_legs_come_early_and_late():
+    """Chains of thirty steps and more; a teacher's first wrong step is in any third of them."""
+    rng, where = np.random.default_rng(0), []
+    for _, _, question, _ in problems.take(LEGS, "dev", {"hard": 100, "medium": 100}, 0):
+        text = traces.unaided(LEGS, question, Skill(hard=0.1, medium=0.85), rng)
+        steps = len(check.steps_of(text)) - 1
+        assert steps >= 30
+        wrong = check.first_wrong_step(LEGS, question, text)
+        where += [] if wrong is None else [3 * wrong // steps]
+    assert min(np.bincount(where, minlength=3)[:3]) > 10
+
+
+@given(seeds)
+def test_levels_of_legs(seed):
+    question = drawn(LEGS, seed)
+    herd = [said.removesuffix("?\n").split(" ", 1) for said in question.rpartition(" you have ")[2].split(", ")]
+    many = {name.removesuffix("s") for count, name in herd if int(count) > 2}
+    hard = len(many & {"crab", "lobster", "shrimp", "woodlouse"})
+    medium = len(many & {"starfish", "spider", "scorpion"})
+    want = "hard" if hard > 1 else None if hard else "medium" if medium > 1 else "easy"
+    assert LEGS.level(question) == (want if len(herd) >= 30 else None)
+
+
 @each_world
 def test_hints_appear_only_where_asked_and_answers_in_view_are_true(world):
     rng, skill = np.random.default_rng(1), Skill(0.15, 0.85)
@@ -185,12 +226,13 @@ def test_most_that_has_the_answer_in_view_is_flawless(world):
 
 @each_world
 def test_pretraining_texts_fit_their_rows_and_their_vocabulary(world):
-    recipe = make.recipes(world.name)["teacher"]
+    recipe = dataclasses.replace(make.recipes(world.name)["teacher"], steps=40, short=0.5 if world.short_tokens else 0)
     encoder, stream = world.tokenizer(), make.batches(recipe)
     pad, unknown = encoder.token_to_id(tokenizer.PAD), encoder.token_to_id(tokenizer.UNK)
-    for _ in range(20):
+    for step in range(recipe.steps):
         tokens, mask = next(stream)
-        assert tokens.shape == mask.shape == (recipe.batch, world.tokens)
+        width = world.short_tokens if step < recipe.short * recipe.steps else world.tokens
+        assert tokens.shape == mask.shape == (recipe.batch, width)
         assert (tokens[:, -1] == pad).all() and not (tokens == unknown).any()
         assert (mask.any(1)).all() and not (mask & (tokens == pad)).any()
 
@@ -207,7 +249,7 @@ def test_sources_know_their_world():
         wrong_step(dataclasses.replace(problem, source="rg:ab"), "z")
 
 
-@given(text=st.text(alphabet="0123456789+-=: \n\\boxed{}abcxyzTAB#,*", max_size=60))
+@given(text=st.text(alphabet="0123456789+-=: \n\\boxed{}abcxyzTAB#,*ts", max_size=60))
 @each_world
 def test_tokenizers_give_text_back(world, text):
     encoder = world.tokenizer()
@@ -240,6 +282,20 @@ def test_the_recipe_is_deterministic_and_is_that_of_the_shipped_models(world, tm
         if file.suffix == ".json":
             shipped = heal_jax.world.model_folder(f"{first}student") / file.name
             assert json.loads(file.read_text()) == json.loads(shipped.read_text())
+
+
+def test_other_students_of_a_world(tmp_path, capsys):
+    """Of the teacher's size, or trained less; with their own place, and what the recipe says otherwise."""
+    recipe = make.recipes("legs")
+    large = make.varied("legs", "student", steps=2, large=True)
+    assert list(large) == ["student"] and large["student"].steps == 2
+    assert large["student"].config == recipe["teacher"].config and large["student"].skill == recipe["student"].skill
+    assert make.varied("legs") == recipe
+    process = start("make-world", "rewriting", "--only", "student", "--steps", 1, "--large", "--out", tmp_path)
+    assert process.wait() == 0, process.communicate()
+    assert [folder.name for folder in tmp_path.iterdir()] == ["student"]
+    assert decoder_config(tmp_path / "student") == parse(make.recipes("rewriting")["teacher"].config)
+    assert "--steps: -1" in refused(capsys, "make-world", "--out", tmp_path, "--steps", "-1")
 
 
 def test_the_package_stays_small():

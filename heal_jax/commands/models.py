@@ -2,11 +2,12 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
 from heal_jax.commands.arguments import parse
+from heal_jax.errors import InputError
 from heal_jax.progress import Progress
 
 
@@ -16,8 +17,14 @@ class WorldArguments:
 
     out: Path
     """Folder for teacher/ and student/."""
-    world: tyro.conf.Positional[Literal["sums", "rewriting"]] = "sums"
+    world: tyro.conf.Positional[Literal["sums", "rewriting", "legs"]] = "sums"
     """Which world's."""
+    only: Literal["both", "teacher", "student"] = "both"
+    """Which of the two."""
+    steps: Annotated[int, tyro.conf.arg(metavar="N")] = 0
+    """Of training, in place of the recipe's: a student that has seen less is more of a base model."""
+    large: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """The student has the teacher's size."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,9 +41,11 @@ class FetchArguments:
 
 def make_world(command: str, argv: list[str], progress: Progress) -> int:
     world = parse(WorldArguments, command, argv)
-    from heal_jax.world.make import make
+    from heal_jax.world.make import make, varied
 
-    make(world.out, world.world)
+    if world.steps < 0:
+        raise InputError(f"--steps: {world.steps} is out of range, allowed: >= 1, or 0 for the recipe's")
+    make(world.out, varied(world.world, world.only, world.steps, world.large))
     return 0
 
 

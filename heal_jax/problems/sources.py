@@ -2,7 +2,7 @@
 
 | source | options | which problems, in which order |
 | --- | --- | --- |
-| world:NAME | | `counts` of each level that `seed` draws from the hash split `split`; sums, rewriting |
+| world:NAME | | `counts` of each level that `seed` draws from the hash split `split`; sums, rewriting, legs |
 | rg:FAMILY | the family's | draws `skip` to `skip` + `limit` (0: 100) of `seed`, without repeats |
 | jsonl:FILE, parquet:FILE | | rows `skip` to `skip` + `limit` (0: all), in the file's order |
 | tfds:NAME, tfds_dir:FOLDER | split | the same, in the order of the prepared set |

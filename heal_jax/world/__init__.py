@@ -9,7 +9,7 @@ from pathlib import Path
 from heal_jax.errors import InputError
 
 # The first world's models go without its name: builtin:teacher.
-MODELS = tuple(f"{world}{role}" for world in ("", "rewriting-") for role in ("teacher", "student"))
+MODELS = tuple(f"{world}{role}" for world in ("", "rewriting-", "legs-") for role in ("teacher", "student"))
 
 
 def model_folder(name: str) -> Path:

@@ -39,8 +39,13 @@ class World(Protocol):
         """easy, medium, hard, or None for what is not used. Raises nothing, whatever the question."""
         ...
 
-    def draw(self, rng: np.random.Generator, plain: bool) -> str:
-        """A question for pretraining, of any split; `plain`: one without the hard weakness."""
+    short_tokens: int
+    """The longest of those on short questions; 0 where there are none."""
+
+    def draw(self, rng: np.random.Generator, plain: bool, short: bool = False) -> str:
+        """A question for pretraining, of any split; `plain`: one without the hard weakness; `short`: a short one, which
+        teaches the same for less, where there are such.
+        """
         ...
 
     def answer(self, question: str) -> str:

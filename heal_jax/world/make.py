@@ -4,9 +4,10 @@ Deterministic for fixed versions, processor type and `NPROC`.
 """
 
 import dataclasses
+import itertools
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,9 @@ from heal_jax.world.worlds import WORLDS
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How one model is made. `plain`: the share of problems without the hard weakness (easy and medium)."""
+    """How one model is made. `plain`: the share of problems without the hard weakness (easy and medium); `short`: the
+    share of the steps, the first ones, that are on short questions.
+    """
 
     world: World
     config: dict[str, Any]  # config.json
@@ -40,6 +43,7 @@ class Recipe:
     learning_rate: float = 3e-3
     std: float = 0.1  # of the initial weights, near fan-in ** -0.5: 0.02 is for wide models and learns late here
     plain: float = 0.35
+    short: float = 0.0
 
 
 TEACHER = {
@@ -64,6 +68,7 @@ STUDENT = {
 MADE = {
     "sums": ((Skill(hard=0.15, medium=0.85), 3000), (Skill(hard=0.05, medium=0.5), 2400)),
     "rewriting": ((Skill(hard=0.15, medium=0.85), 2000), (Skill(hard=0.05, medium=0.5), 1600)),
+    "legs": ((Skill(hard=0.1, medium=0.85), 1500), (Skill(hard=0.05, medium=0.5), 1300)),
 }
 
 
@@ -82,35 +87,54 @@ def recipes(name: str = "sums") -> dict[str, Recipe]:
         "bos_token_id": None,
     }
     teacher, student = MADE[name]
+    short = 0.35 if world.short_tokens else 0.0
     return {
-        "teacher": Recipe(world, TEACHER | shared, *teacher, Aid(hints=0.45), seed=1),
-        "student": Recipe(world, STUDENT | shared, *student, Aid(hints=0.0), seed=2),
+        "teacher": Recipe(world, TEACHER | shared, *teacher, Aid(hints=0.45), seed=1, short=short),
+        "student": Recipe(world, STUDENT | shared, *student, Aid(hints=0.0), seed=2, short=short),
     }
 
 
-def question(world: World, rng: np.random.Generator, plain: bool) -> str:
+def varied(name: str, only: str = "both", steps: int = 0, large: bool = False) -> dict[str, Recipe]:
+    """A world's recipes, or one of them (`only`); trained for `steps` where there are any; `large`: the student has the
+    teacher's shape.
+    """
+    found = recipes(name)
+    if large:
+        found["student"] = dataclasses.replace(found["student"], config=found["teacher"].config)
+    return {
+        role: dataclasses.replace(recipe, steps=steps or recipe.steps)
+        for role, recipe in found.items()
+        if only in ("both", role)
+    }
+
+
+def question(world: World, rng: np.random.Generator, plain: bool, short: bool = False) -> str:
     """A question of the pretraining split."""
-    while problems.split_of(drawn := world.draw(rng, plain)) != "pretrain":
+    while problems.split_of(drawn := world.draw(rng, plain, short)) != "pretrain":
         pass
     return drawn
 
 
 def batches(recipe: Recipe) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Endless tokens [batch, world.tokens] int32 and loss mask of the same shape, bool: what is learned."""
+    """Endless tokens [batch, length] int32 and loss mask of the same shape, bool: what is learned. length: the world's
+    `tokens`, or of short questions `short_tokens`.
+    """
     rng, world, encoder = np.random.default_rng(recipe.seed), recipe.world, recipe.world.tokenizer()
     pad = encoder.token_to_id(tokenizer.PAD)
-    while True:
+    for step in itertools.count():
+        short = step < recipe.short * recipe.steps
+        width = world.short_tokens if short else world.tokens
         heads, tails = [], []
         for _ in range(recipe.batch):
-            asked = question(world, rng, rng.random() < recipe.plain)
+            asked = question(world, rng, rng.random() < recipe.plain, short)
             template, prefix, target = traces.example(world, asked, recipe.skill, recipe.aid, rng)
             user = template.format(question=asked, answer=world.answer(asked))
             heads.append(f"{tokenizer.USER}{user}{tokenizer.ASSISTANT}{prefix}")
             tails.append(target + tokenizer.END)
-        tokens = np.full((recipe.batch, world.tokens), pad, np.int32)
-        mask = np.zeros((recipe.batch, world.tokens), bool)
+        tokens = np.full((recipe.batch, width), pad, np.int32)
+        mask = np.zeros((recipe.batch, width), bool)
         for row, (head, tail) in enumerate(zip(encoder.encode_batch(heads), encoder.encode_batch(tails))):
-            ids = (head.ids + tail.ids)[: world.tokens]
+            ids = (head.ids + tail.ids)[:width]
             tokens[row, : len(ids)] = ids
             mask[row, len(head.ids) : len(ids)] = True
         yield tokens, mask
@@ -147,13 +171,15 @@ def save(model: Model, recipe: Recipe, folder: Path) -> None:
     tokenizer.save(encoder, folder)
 
 
-def make(out: Path, world: str = "sums") -> None:
-    """Make a world's models under `out`. Raises InputError, before training, where that cannot be written."""
+def make(out: Path, models: Mapping[str, Recipe]) -> None:
+    """Make models under `out`, each in a folder of its name. Raises InputError, before training, where that cannot be
+    written.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{out}: cannot be made ({error.strerror}); give another --out") from None
-    for name, recipe in recipes(world).items():
+    for name, recipe in models.items():
         start = time.perf_counter()
 
         def report(step: int, loss: float, name: str = name, start: float = start) -> None:

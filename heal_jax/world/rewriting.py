@@ -1,9 +1,10 @@
 """The world of rewriting: A::B programs, from reasoning-gym's `ab`.
 
 A program is a row of tokens, `A#`, `B#` (looking right) and `#A`, `#B` (looking left). Two neighbours that look at each
-other vanish where they are of one letter and change places otherwise, until none are left. A step of a solution is the
-program after one rewriting. In which order neighbours are rewritten is free, and the end is the same: a problem has as
-many right solutions as orders, and nothing but the rules tells a right step. What meets makes the levels:
+other vanish where they are of one letter and change places otherwise, until none are left. A step of a solution,
+"3: A# #B", says which token met the next one, and the program after that rewriting. In which order neighbours are
+rewritten is free, and the end is the same: a problem has as many right solutions as orders, and nothing but the rules
+tells a right step. What meets makes the levels:
 
 * easy: no `B#` meets an `#A`, at most one `A#` meets a `#B`;
 * medium: no `B#` meets an `#A`, at least three `A#` meet a `#B`;
@@ -14,7 +15,6 @@ one: `A#` and `#B` do in all but `skill.medium` of theirs.
 """
 
 import functools
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -46,6 +46,7 @@ Now, consider the following program:
 """
 TAIL = "Return the final state of the program.\n"
 TOKENS = ("A#", "#A", "B#", "#B")
+TOKEN = "(?:[AB]#|#[AB])"
 NOTHING = "nothing"  # how a step says that no token is left
 
 Program = tuple[str, ...]
@@ -81,9 +82,15 @@ def text(program: Program) -> str:
     return " ".join(program) or NOTHING
 
 
+def step_of(at: int, program: Program) -> str:
+    """at: which token met the next one, before."""
+    return f"{at + 1}: {text(program)}"
+
+
 def state(step: str) -> Program:
     """The program that a step states."""
-    return () if step == NOTHING else tuple(step.split(" "))
+    said = step.rpartition(": ")[2]
+    return () if said == NOTHING else tuple(said.split(" "))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -103,7 +110,8 @@ class Rewriting:
     name = "rewriting"
     family = "ab"
     options: Mapping[str, Any] = {"length": LENGTH}
-    tokens = 288  # prompt 33 + 5 steps of 15 + hint 21 + 11 steps of 13 + answer 16
+    tokens = 288  # prompt 18, hint 21, 16 steps of at most 16, answer 16
+    short_tokens = 0
 
     def level(self, question: str) -> str | None:
         program = program_of(question)
@@ -118,7 +126,7 @@ class Rewriting:
             return "medium"
         return "easy" if ab <= 1 else None
 
-    def draw(self, rng: np.random.Generator, plain: bool) -> str:
+    def draw(self, rng: np.random.Generator, plain: bool, short: bool = False) -> str:
         while True:
             program = tuple(TOKENS[i] for i in rng.integers(0, len(TOKENS), size=LENGTH))
             end, steps, _, ba = run(program)
@@ -136,19 +144,20 @@ class Rewriting:
             chosen = at[0] if rng is None else at[int(rng.integers(0, len(at)))]
             right = {"B##A": skill.hard, "A##B": skill.medium}.get("".join(program[chosen : chosen + 2]), 1.0)
             program = rewritten(program, chosen, vanish=rng is not None and rng.random() >= right)
-            steps.append(text(program))
+            steps.append(step_of(chosen, program))
         return steps
 
     def read(self, question: str, steps: Sequence[str]) -> str:
-        return steps[-1] if steps else text(_program(question))
+        return text(state(steps[-1]) if steps else _program(question))
 
     def bend(self, question: str, done: int, steps: Sequence[str]) -> list[str]:
         """The last third of the steps are one: the program's end."""
-        return [*steps[: len(steps) - max(1, len(steps) // 3)], self.answer(question)]
+        kept = len(steps) - max(1, len(steps) // 3)
+        return [*steps[:kept], *(step_of(0, state(self.answer(question))) for _ in steps[kept : kept + 1])]
 
     def follows(self, question: str, done: Sequence[str], step: str) -> bool:
         program = state(done[-1]) if done else _program(question)
-        return any(step == text(rewritten(program, at)) for at in meetings(program))
+        return any(step == step_of(at, rewritten(program, at)) for at in meetings(program))
 
     def finished(self, question: str, done: Sequence[str]) -> bool:
         return not meetings(state(done[-1]) if done else _program(question))
@@ -158,14 +167,25 @@ class Rewriting:
         program = list(state(step)) or [TOKENS[0]]
         at = int(rng.integers(0, len(program)))
         program[at] = TOKENS[(TOKENS.index(program[at]) + int(rng.integers(1, 4))) % 4]
-        return text(tuple(program))
+        return f"{step.partition(': ')[0]}: {text(tuple(program))}"
 
     def tokenizer(self) -> Tokenizer:
-        """A token of a program is one piece, with the space before it; so are the texts around the program."""
+        """Tokens of a program know their place, as `PLACES` counts them from its start: the one that a step copies is
+        then found by content. The texts around the program are one piece each.
+        """
+        tokens = [f"{token}{place}" for place in tokenizer.PLACES for token in TOKENS]
         words = ["The", " final", " answer", " is", "Hint", "As", " the", " hint", " says", NOTHING]
-        pieces = [HEAD, TAIL, *TOKENS, *(f" {token}" for token in TOKENS), ": ", tokenizer.ANSWER_OPEN, *words]
-        texts = "|".join(re.sub(r"([^A-Za-z0-9\n ])", r"\\\1", part) for part in (HEAD, TAIL))
-        return tokenizer.build(pieces, rf"{texts}| ?(?:[AB]#|#[AB])|: | ?[A-Za-z]+")
+        pieces = [HEAD, TAIL, *tokenizer.PLACES, *tokens, *(f" {token}" for token in tokens)]
+        pieces += [*(f"{i}:" for i in range(1, LENGTH)), ": ", tokenizer.ANSWER_OPEN, *words]
+        texts = "|".join(map(tokenizer.literal, (HEAD, TAIL)))
+        pattern = rf"{texts}|[0-9]+:| ?{TOKEN}[{tokenizer.PLACES}]|: | ?[A-Za-z]+"
+        return tokenizer.know_places(tokenizer.build(pieces, pattern), [_end(place) for place in range(LENGTH)])
+
+
+def _end(place: int) -> str:
+    """Where the token of that place in a program ends: after what programs are written after."""
+    row = rf"(?:{TOKEN} ){{{place}}}{TOKEN}"
+    return "(?<=" + "|".join(before + row for before in (r"\A", "\n", r"\{", ": ", "is ")) + ")"
 
 
 def _program(question: str) -> Program:

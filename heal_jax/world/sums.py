@@ -16,14 +16,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from tokenizers import Regex, Tokenizer, decoders, normalizers
+from tokenizers import Tokenizer
 
 from heal_jax.world import tokenizer
 from heal_jax.world.base import PERFECT, Skill
 
 TERMS, MIN_DIGITS, MAX_DIGITS = 3, 11, 12
-PLACES = "abcdefghijklmn"  # labels of the columns in a solution: units, tens, ...
-TAGS = "ᵃᵇᶜᵈᵉᶠᵍʰⁱʲᵏˡᵐⁿ"
+COLUMNS = "abcdefghijklmn"  # labels of the columns in a solution: units, tens, ...
 
 
 def question_of(terms: Sequence[int]) -> str:
@@ -66,6 +65,7 @@ class Sums:
         "min_terms": TERMS, "max_terms": TERMS, "min_digits": MIN_DIGITS, "max_digits": MAX_DIGITS
     }  # fmt: skip
     tokens = 208  # prompt 56 + 4 columns of 9 + hint 20 + 8 columns + answer 16
+    short_tokens = 0
 
     def level(self, question: str) -> str | None:
         terms = terms_of(question)
@@ -80,7 +80,7 @@ class Sums:
             return "medium"
         return "easy" if nines <= 1 else None
 
-    def draw(self, rng: np.random.Generator, plain: bool) -> str:
+    def draw(self, rng: np.random.Generator, plain: bool, short: bool = False) -> str:
         while True:
             # One digit less than the problems have, so that their shortest are not at the edge of what was learned.
             digits = int(rng.integers(MIN_DIGITS - 1, MAX_DIGITS + 1))
@@ -103,7 +103,7 @@ class Sums:
             elif rng is not None and nine_meets_one(digits, carry) and rng.random() >= skill.medium:
                 used = 0
             total = sum(digits) + used
-            steps.append(f"{PLACES[place]}: {'+'.join(map(str, digits))}+{used}={total}")
+            steps.append(f"{COLUMNS[place]}: {'+'.join(map(str, digits))}+{used}={total}")
             carry = total // 10
         return steps
 
@@ -131,26 +131,15 @@ class Sums:
         return step[:-1] + str((int(step[-1]) + int(rng.integers(1, 10))) % 10)
 
     def tokenizer(self) -> Tokenizer:
-        """Digits know their place: a digit's token carries its place value (3 in 1203 is "3 of the units"), written by
-        the normaliser as a superscript letter and removed again by the decoder, so that text in and text out are plain
-        numbers. Small transformers learn column arithmetic only when digits of equal place are easy to find: the idea
-        of Abacus embeddings (McLeish et al., arXiv 2405.17399), moved into the vocabulary so that any decoder can use
-        it.
-        """
+        """Digits know their place."""
         words = ["State", " the", " final", " answer", " to", " following", " arithmetic", " problem", "The", " is"]
         words += ["Hint", "As", " hint", " says", "What", "Add", "Compute"]
-        pieces = [*TAGS, *(f"{d}{tag}" for tag in TAGS for d in range(10)), *(f"+{d}{TAGS[0]}" for d in range(10))]
-        pieces += [f"{place}: " for place in PLACES] + [": ", " + ", " - ", " =", tokenizer.ANSWER_OPEN, *words]
-        pattern = rf"[{PLACES}]: |: | [+=-] ?|\+[0-9][{TAGS}]?|[0-9][{TAGS}]?| ?[A-Za-z]+"
-        encoder = tokenizer.build(pieces, pattern)
-        # Highest place first: what is left of a tagged digit is then never taken for the end of a number.
-        tag = [
-            normalizers.Replace(Regex(rf"(?<=[0-9])(?=[0-9]{{{place}}}(?![0-9{TAGS}]))"), TAGS[place])
-            for place in reversed(range(len(TAGS)))
-        ]
-        encoder.normalizer = normalizers.Sequence(tag)
-        encoder.decoder = decoders.Sequence([decoders.Replace(Regex(f"[{TAGS}]"), ""), decoders.Fuse()])
-        return encoder
+        places = tokenizer.PLACES
+        pieces = [*places, *(f"{d}{tag}" for tag in places for d in range(10))]
+        pieces += [f"+{d}{places[0]}" for d in range(10)]
+        pieces += [f"{place}: " for place in COLUMNS] + [": ", " + ", " - ", " =", tokenizer.ANSWER_OPEN, *words]
+        pattern = rf"[{COLUMNS}]: |: | [+=-] ?|\+[0-9][{places}]?|[0-9][{places}]?| ?[A-Za-z]+"
+        return tokenizer.know_places(tokenizer.build(pieces, pattern))
 
 
 def _terms(question: str) -> list[int]:

@@ -1,10 +1,11 @@
 """Worlds by name."""
 
 from heal_jax.world.base import World
+from heal_jax.world.legs import Legs
 from heal_jax.world.rewriting import Rewriting
 from heal_jax.world.sums import Sums
 
-WORLDS: dict[str, World] = {world.name: world for world in (Sums(), Rewriting())}
+WORLDS: dict[str, World] = {world.name: world for world in (Sums(), Rewriting(), Legs())}
 
 
 def world_of(source: str) -> World | None:
