@@ -1,6 +1,7 @@
 """heal ablate: arms that share rollouts, what is measured directly, and the figures."""
 
 import dataclasses
+import io
 import json
 import os
 from pathlib import Path
@@ -11,11 +12,13 @@ import pytest
 from conftest import TINY, refused, start
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 from scipy.stats import mannwhitneyu
 
 from heal_jax import gear
 from heal_jax.ablate import cuts, shortcuts
 from heal_jax.ablate.arms import ARMS, BASELINE, chosen
+from heal_jax.ablate.page import in_terminal
 from heal_jax.bootstrap import crossed
 from heal_jax.model.tokenizer import Tokenizer
 from heal_jax.store import RunDirectory
@@ -98,7 +101,7 @@ def test_equal_tokens_are_about_equal_and_the_first_samples_the_same(ablated):
 
 def test_another_hint_is_in_repairs_alone(ablated):
     out = ablated[0]
-    tokenizer = Tokenizer(model_folder("teacher"), 300)
+    tokenizer = Tokenizer(model_folder("teacher"), 400)
     rows = {arm: RunDirectory(out / "seed0" / arm).rollouts("repair").to_pylist() for arm in ("heal", "hint_plain")}
     for arm, words in (("heal", "Hint: The final answer is "), ("hint_plain", "The final answer is ")):
         for row in rows[arm]:
@@ -180,6 +183,17 @@ def test_the_page_has_the_arms_and_what_was_measured(ablated):
     for words in ("What is each part worth?", "Is entropy informative", "Does PURE separate?", "hint_left_in"):
         assert words in page
     assert "default-src 'none'" in page
+
+
+@pytest.mark.parametrize("width", [80, 140])
+def test_the_table_fits_a_terminal(ablated, width):
+    """A narrow one has the figures that count, a wide one all of them."""
+    console = Console(width=width, file=io.StringIO())
+    console.print(in_terminal(found(ablated[0]), width))
+    printed = console.file.getvalue()
+    assert "…" not in printed and max(map(len, printed.splitlines())) <= width
+    assert len(printed.splitlines()) == 1 + 2 + len(found(ablated[0])["arms"])
+    assert ("medium" in printed) == ("loss tokens" in printed) == (width > 80)
 
 
 def test_bad_arguments_are_one_line(tmp_path, capsys):

@@ -7,7 +7,7 @@ from typing import Any
 from rich.table import Table
 
 from heal_jax.ablate import direct, figures
-from heal_jax.ablate.arms import BASELINE, HINTS
+from heal_jax.ablate.arms import HINTS
 from heal_jax.report import figures as of_runs
 from heal_jax.report.frame import write_page as write
 from heal_jax.report.markup import Html, number, percent, plot, points, table, tag
@@ -15,6 +15,7 @@ from heal_jax.report.numbers import STRATA
 from heal_jax.store import read_json
 
 FILE = "ablation.json"
+WIDE = 110  # columns that the whole table needs in the terminal
 
 
 def write_page(out: Path) -> Path:
@@ -141,25 +142,25 @@ def _interval(group: dict[str, Any] | None, unit: Any) -> Any:
     return [unit(group["mean"]), tag("small", f"{low} to {high}")]
 
 
-def in_terminal(found: dict[str, Any]) -> Table:
-    """The arms, a line each."""
+def in_terminal(found: dict[str, Any], width: int) -> Table:
+    """The arms, a line each; with levels and examples where `width` columns hold them."""
     shown = Table(box=None, pad_edge=False)
-    levels = [name for name in of_runs.levels(found["before"])]
+    levels = of_runs.levels(found["before"]) if width >= WIDE else []
     shown.add_column("arm", no_wrap=True)
-    for head in ("accuracy", *levels, "minus baseline, 95 %", "teacher tokens", "examples", "loss tokens"):
+    more = ("examples", "loss tokens") if width >= WIDE else ()
+    for head in ("accuracy", *levels, "minus baseline, 95 %", "teacher tokens", *more):
         shown.add_column(head, justify="right", no_wrap=True)
     for name, made in {**found["before"], **found["arms"]}.items():
-        accuracy = made.get("accuracy", made)
-        difference = made.get("difference")
-        interval = "" if difference is None else (
-            f"{difference['mean']:+.1%} [{difference['ci95'][0]:+.1%}, {difference['ci95'][1]:+.1%}]"
-        )  # fmt: skip
-        own = name in found["arms"]
-        shown.add_row(
-            name, f"{accuracy['mean']:.1%}", *(f"{accuracy['per_level'][level]['mean']:.1%}" for level in levels),
-            "baseline" if name == BASELINE else interval,
-            f"{made['teacher_tokens']['all']:,}" if own else "",
-            "+".join(str(count) for count in made["examples"].values() if count) if own else "",
-            f"{made['loss_tokens']:,}" if own else "",
-        )  # fmt: skip
+        accuracy, row = made.get("accuracy", made), [name]
+        row += [f"{part['mean']:.1%}" for part in (accuracy, *(accuracy["per_level"][level] for level in levels))]
+        if name in found["arms"]:
+            difference = made.get("difference")
+            row.append("baseline" if difference is None else (
+                f"{difference['mean']:+.1%} [{difference['ci95'][0]:+.1%}, {difference['ci95'][1]:+.1%}]"
+            ))  # fmt: skip
+            row.append(f"{made['teacher_tokens']['all']:,}")
+            if more:
+                examples = "+".join(str(count) for count in made["examples"].values() if count)
+                row += [examples, f"{made['loss_tokens']:,}"]
+        shown.add_row(*row)
     return shown

@@ -54,7 +54,7 @@ def main(command: str, argv: list[str], progress: Progress) -> int:
         found = ablate(a.settings, arms, a.seeds, a.out, progress, a.measure)
         if processes.primary():
             progress.close()
-            progress.printer.print(in_terminal(found), soft_wrap=True)
+            progress.printer.print(in_terminal(found, progress.printer.width))
             progress.printer.print(f"report: {a.out / 'report.html'}", markup=False, soft_wrap=True)
             progress.log("result", ablation=found)
     return 0

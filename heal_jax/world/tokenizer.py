@@ -42,9 +42,10 @@ def by_digit(place: int) -> str:
     return rf"(?<=[0-9])(?=[0-9]{{{place}}}(?![0-9{PLACES}]))"
 
 
-def know_places(
-    tokenizer: Tokenizer, ends: Sequence[str] = tuple(by_digit(place) for place in range(len(PLACES)))
-) -> Tokenizer:
+BY_DIGIT = tuple(map(by_digit, range(len(PLACES))))
+
+
+def know_places(tokenizer: Tokenizer, ends: Sequence[str] = BY_DIGIT) -> Tokenizer:
     """Let digits know their place: a digit's token carries its place value (3 in 1203 is "3 of the units"), written by
     the normaliser as a letter of `PLACES` and removed again by the decoder: text in and out is plain. Small models
     learn sums of columns only when digits of equal place are easy to find: the idea of Abacus embeddings (McLeish et
