@@ -8,7 +8,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import start
+from conftest import WITH_TORCH, start
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
@@ -131,7 +131,7 @@ def test_the_readme_has_what_was_measured():
 
 def test_a_quick_run(tmp_path):
     file = tmp_path / "bench.json"
-    process = start("bench", "all", "--quick", "--json", file)
+    process = start("bench", "all", "--quick", "--json", file, command=WITH_TORCH)
     stdout, stderr = process.communicate()
     assert process.returncode == 0, stderr
     assert max(map(len, stdout.splitlines())) <= 80

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shlex
 import subprocess
 import unicodedata
 import webbrowser
@@ -336,7 +337,7 @@ def test_show_side_by_side_in_a_wide_terminal(repaired):
 
 def test_a_reader_that_leaves_is_no_error(tiny):
     out, _, _ = tiny
-    command = " ".join(["exec 2>&1;", f"{COMMAND[0]} -c '{COMMAND[2]}' show {out} --kind base --limit 0 | head -1"])
+    command = f"exec 2>&1; {shlex.join(COMMAND)} show {out} --kind base --limit 0 | head -1"
     done = subprocess.run(["bash", "-c", command], env=ENVIRONMENT, capture_output=True, text=True)
     assert done.stdout.count("\n") == 1 and "Traceback" not in done.stdout
 

@@ -12,12 +12,12 @@ The hard weakness, which makes the ceiling: such an animal of ten or more legs i
 `skill.medium`.
 """
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from reasoning_gym.arithmetic.leg_counting import ANIMALS
 from tokenizers import Tokenizer
 
 from heal_jax.world import tokenizer
@@ -34,6 +34,14 @@ TAIL = "?\n"
 LESS = {5: 4, 8: 6, 10: 8, 14: 8}  # legs, and those that a weak model counts instead
 
 Herd = list[tuple[str, int]]  # animals and how many there are, in the order of the question
+
+
+@functools.cache
+def animals() -> dict[str, int]:
+    """The generator's animals and their legs. It is imported when it is called: that takes two seconds."""
+    from reasoning_gym.arithmetic.leg_counting import ANIMALS
+
+    return ANIMALS
 
 
 def question_of(herd: Herd) -> str:
@@ -53,7 +61,7 @@ def herd_of(question: str) -> Herd | None:
     for said in question.removeprefix(HEAD).removesuffix(TAIL).split(", "):
         match = re.fullmatch(r"([0-9]{1,2}) ([a-z ]+)", said)
         animal = match[2].removesuffix("s" if int(match[1]) > 1 else "") if match else ""
-        if match is None or animal not in ANIMALS or not 1 <= int(match[1]) <= MOST:
+        if match is None or animal not in animals() or not 1 <= int(match[1]) <= MOST:
             return None
         herd.append((animal, int(match[1])))
     return herd
@@ -61,9 +69,9 @@ def herd_of(question: str) -> Herd | None:
 
 def weak(animal: str, count: int) -> str | None:
     """Which weakness an animal meets: hard, medium or none."""
-    if count < MANY or ANIMALS[animal] not in LESS:
+    if count < MANY or animals()[animal] not in LESS:
         return None
-    return "hard" if ANIMALS[animal] >= 10 else "medium"
+    return "hard" if animals()[animal] >= 10 else "medium"
 
 
 def total_of(step: str) -> int:
@@ -90,7 +98,7 @@ class Legs:
         return "medium" if met.count("medium") >= 2 else "easy"
 
     def draw(self, rng: np.random.Generator, plain: bool, short: bool = False) -> str:
-        names = list(ANIMALS)
+        names = list(animals())
         fewest, most = (SHORT // 2, SHORT) if short else (MIN_ANIMALS - 2, MAX_ANIMALS)
         while True:
             chosen = rng.permutation(len(names))[: int(rng.integers(fewest, most + 1))]
@@ -99,14 +107,14 @@ class Legs:
                 return question_of(herd)
 
     def answer(self, question: str) -> str:
-        return str(sum(count * ANIMALS[animal] for animal, count in _herd(question)))
+        return str(sum(count * animals()[animal] for animal, count in _herd(question)))
 
     def solve(
         self, question: str, skill: Skill, rng: np.random.Generator | None, done: Sequence[str] = ()
     ) -> list[str]:
         total, steps = total_of(done[-1]) if done else 0, []
         for animal, count in _herd(question)[len(done) :]:
-            legs, met = ANIMALS[animal], weak(animal, count)
+            legs, met = animals()[animal], weak(animal, count)
             if rng is not None and met and rng.random() >= getattr(skill, met):
                 legs = LESS[legs]
             total += count * legs
@@ -136,12 +144,12 @@ class Legs:
         """
         words = ["The", " final", " answer", " is", "Hint", "As", " the", " hint", " says"]
         counts = [tokenizer.placed(str(count)) for count in range(1, MOST + 1)]
-        sums = {count * legs for legs in {*ANIMALS.values(), *LESS.values()} for count in range(1, MOST + 1)}
+        sums = {count * legs for legs in {*animals().values(), *LESS.values()} for count in range(1, MOST + 1)}
         added = [": +" + tokenizer.placed(str(n)) for n in sorted(sums)]
         places = tokenizer.PLACES[: 2 * DIGITS]
         pieces = [HEAD, TAIL, *tokenizer.PLACES, *(f"{d}{place}" for place in places for d in range(10))]
         pieces += [*(f", {count}" for count in counts), *added, " = ", ": ", tokenizer.ANSWER_OPEN, *words]
-        pieces += [named(animal, count)[1:] for animal in ANIMALS for count in (1, 2)]
+        pieces += [named(animal, count)[1:] for animal in animals() for count in (1, 2)]
         digit = f"[0-9][{places}]"
         texts = "|".join(map(tokenizer.literal, (HEAD, TAIL)))
         pattern = rf"{texts}|: \+({digit})+|, {digit}|{digit}| = |: | (sea|praying) [a-z]+| ?[A-Za-z]+"

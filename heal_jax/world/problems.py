@@ -8,8 +8,6 @@ import json
 import sys
 from collections.abc import Iterator
 
-import reasoning_gym
-
 from heal_jax.world.base import LEVELS, World
 from heal_jax.world.worlds import WORLDS
 
@@ -26,6 +24,8 @@ def split_of(question: str) -> str:
 
 def scan(world: World, split: str, seed: int) -> Iterator[tuple[int, str, str, str]]:
     """Endless (index, level, question, answer) of one split, in the generator's order, without repeats."""
+    import reasoning_gym  # two seconds
+
     data = reasoning_gym.create_dataset(
         world.family, size=SCAN_STRIDE, seed=SCAN_SEED + seed * SCAN_STRIDE, **world.options
     )
