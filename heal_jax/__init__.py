@@ -81,8 +81,7 @@ def distill(config: "Config", out: "str | os.PathLike", *stages: str, quiet: boo
     Goes on where the directory stopped, and returns its path. Stages: sample, hindsight, repair, curate, train,
     evaluate, export. Raises InputError (nothing is written) and RunError (call it again: it goes on).
     """
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before jax, which reads it
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no torch is as it should be
+    hush()
     from heal_jax import cache
     from heal_jax.cell import cell_console
     from heal_jax.errors import InputError
@@ -111,3 +110,9 @@ def read(out: "str | os.PathLike") -> "RunData":
 
     with storage.opened(Path(out), write=False) as folder:
         return load(folder)
+
+
+def hush() -> None:
+    """Keep libraries from saying what a user need not know. To be called before they are imported."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # jax
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no torch is as it should be

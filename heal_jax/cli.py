@@ -9,7 +9,7 @@ import shlex
 import sys
 import traceback
 
-from heal_jax import __version__, signals
+from heal_jax import __version__, hush, signals
 from heal_jax.commands.stages import STAGES
 from heal_jax.errors import InputError, RunError, one_line
 from heal_jax.progress import Progress
@@ -75,6 +75,7 @@ def main() -> None:
 
 def run(argv: list[str]) -> int:
     """Do one command; the exit status."""
+    hush()
     given = {argument.replace("_", "-") for argument in argv}  # as tyro reads them; errors in the others are said, too
     progress = Progress(quiet="--quiet" in given, json_log="--json-log" in given)
     progress.start(shlex.join(["heal", *argv]))

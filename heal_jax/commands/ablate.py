@@ -1,7 +1,6 @@
 """heal ablate."""
 
 import dataclasses
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -41,8 +40,6 @@ def main(command: str, argv: list[str], progress: Progress) -> int:
     from heal_jax.ablate.arms import chosen
 
     arms = chosen([name for name in a.arms.split(",") if name])
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before jax, which reads it
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no torch is as it should be
     from heal_jax import cache, processes
     from heal_jax.ablate.page import in_terminal
     from heal_jax.ablate.run import ablate

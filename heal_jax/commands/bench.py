@@ -1,7 +1,6 @@
 """heal bench."""
 
 import dataclasses
-import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -46,7 +45,6 @@ class BenchArguments:
 def main(command: str, argv: list[str], progress: Progress) -> int:
     a: BenchArguments = parse(BenchArguments, command, argv)
     check_json(a.json)
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no torch is as it should be
     if a.part == "faults":
         if a.kills < 1:
             raise InputError(f"--kills: {a.kills} is out of range, allowed: >= 1")

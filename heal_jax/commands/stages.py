@@ -1,7 +1,6 @@
 """heal run, and each of its stages alone."""
 
 import dataclasses
-import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -67,8 +66,6 @@ def main(command: str, argv: list[str], progress: Progress) -> int:
 
     pushed = _repositories(arguments) if command == "export" else {}
 
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before jax, which reads it
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no torch is as it should be
     from heal_jax import cache, processes
     from heal_jax.pipeline import NEEDS, run_stages
     from heal_jax.run import open_run
