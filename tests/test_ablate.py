@@ -157,6 +157,8 @@ def test_figures_are_those_of_the_shards(ablated):
             difference = means(name) - means(BASELINE)
             assert arm["difference"]["mean"] == pytest.approx(difference.mean())
             assert arm["difference"]["per_seed"] == pytest.approx(list(difference.mean(axis=1)))
+        if name != "heal":
+            assert arm["heal_minus"]["mean"] == pytest.approx((means("heal") - means(name)).mean())
         more = arm["per_problem"]["over_student_base"]
         assert (more["tokens"] is None) == (more["problems"] <= 0)
     assert [sum(t["pass_rates"]) for t in said["teacher"]] == [12] * SEEDS

@@ -8,6 +8,7 @@ from heal_jax.errors import InputError
 from heal_jax.pace import HEAL, Variant
 
 BASELINE = "rejection_sampling"  # what differences are taken to
+WHOLE = "heal"  # which has all parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,7 @@ ARMS = (
         "stage 1, then the first right rollout of each hard problem with the answer in its prompt (after STaR)",
         Variant(stages=(1, 2), pure=False),
     ),
-    Arm("heal", "all three stages"),
+    Arm(WHOLE, "all three stages"),
     Arm("no_pure", "whatever reaches the answer, the first by index", Variant(pure=False)),
     Arm("random_breakpoint", "cut at random in the same window", settings={"gear.breakpoint": "random"}),
     Arm("whole_chain", "the breakpoint anywhere: window 1", settings={"gear.window": 1.0}),

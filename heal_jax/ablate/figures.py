@@ -3,14 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
-from heal_jax.ablate.arms import BASELINE
+from heal_jax.ablate.arms import BASELINE, WHOLE
 from heal_jax.report.figures import Figure, figure, label
 
 Found = Mapping[str, Any]
 
 
 def _colour(name: str) -> str:
-    return "$accent" if name == "heal" else "$middle" if name == BASELINE else "$strong"
+    return "$accent" if name == WHOLE else "$middle" if name == BASELINE else "$strong"
 
 
 def differences(found: Found) -> Figure:
@@ -49,7 +49,7 @@ def costs(found: Found) -> Figure:
     marks = {
         "type": "scatter", "mode": "markers+text", "showlegend": False,
         "x": [row["teacher_tokens"]["all"] for row in rows], "y": [100 * row["accuracy"]["mean"] for row in rows],
-        "text": [label(name) if name in ("heal", BASELINE, "equal_tokens") else "" for name in names],
+        "text": [label(name) if name in (WHOLE, BASELINE, "equal_tokens") else "" for name in names],
         "textposition": "top center", "customdata": [label(name) for name in names],
         "marker": {"size": 10, "color": [_colour(name) for name in names]},
         "hovertemplate": "%{customdata}: %{y:.1f} %, %{x:,} tokens<extra></extra>",

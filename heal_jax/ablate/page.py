@@ -7,7 +7,7 @@ from typing import Any
 from rich.table import Table
 
 from heal_jax.ablate import direct, figures
-from heal_jax.ablate.arms import HINTS
+from heal_jax.ablate.arms import HINTS, WHOLE
 from heal_jax.report import figures as of_runs
 from heal_jax.report.frame import write_page as write
 from heal_jax.report.markup import Html, number, percent, plot, points, table, tag
@@ -25,7 +25,7 @@ def write_page(out: Path) -> Path:
     if len(found["arms"]) > 1:
         sections.append(("cost", "What does it cost?", cost(found)))
     if hinted := [arm.name for arm in HINTS if arm.name in found["arms"]]:
-        of_arms = {name: made for name, made in found["arms"].items() if name == "heal" or name in hinted}
+        of_arms = {name: made for name, made in found["arms"].items() if name == WHOLE or name in hinted}
         sections.append(("hint", "What does the hint cost?", hints(found["config"]["gear"]["hint"], of_arms)))
     sections.append(("teacher", "What can the teacher do?", teacher(found)))
     if found.get("cuts", {}).get("rollouts"):
@@ -55,8 +55,8 @@ def parts(found: dict[str, Any]) -> Iterable[Html]:
         of_levels = [made["accuracy"]["per_level"] if "accuracy" in made else made["per_level"]][0]
         row = [tag("span", name, title=made.get("what")), _interval(made.get("accuracy", made), percent)]
         row += [percent(of_levels[level]["mean"]) for level in levels]
-        rows.append([*row, _interval(made.get("difference"), points)])
-    yield table(["", "all", *levels, "minus rejection sampling"], rows)
+        rows.append([*row, *(_interval(made.get(key), points) for key in ("difference", "heal_minus"))])
+    yield table(["", "all", *levels, "minus rejection sampling", "HEAL minus this"], rows)
     yield tag(
         "p",
         f"Mean over {before['n']} problems and {len(found['seeds'])} seeds of the share of right samples, with 95 % "
@@ -112,7 +112,7 @@ def hints(default: str, arms: dict[str, Any]) -> Iterable[Html]:
         repairs = made["repairs"]
         rows.append(
             [
-                made["what"].removeprefix("hint: ") if name != "heal" else default.strip(),
+                made["what"].removeprefix("hint: ") if name != WHOLE else default.strip(),
                 percent(repairs["correct"] / max(1, repairs["candidates"])),
                 percent(repairs["leaked"] / max(1, repairs["correct"])), number(repairs["kept"]),
                 number(repairs["problems_kept"]), _interval(made["accuracy"], percent),
@@ -127,7 +127,7 @@ def teacher(found: dict[str, Any]) -> Iterable[Html]:
     of_seeds = found["teacher"]
     few = [sum(t["pass_rates"][:2]) / t["problems"] for t in of_seeds]
     solved = [t["strata"]["unsolved"] for t in of_seeds]
-    repaired = found["arms"].get("heal", {}).get("repairs", {}).get("problems_kept")
+    repaired = found["arms"].get(WHOLE, {}).get("repairs", {}).get("problems_kept")
     said = (
         f"At most one right of {of_seeds[0]['n']}: {percent(sum(few) / len(few))} of the training problems "
         f"({number(sum(solved) / len(solved), 1)} of {of_seeds[0]['problems']})"

@@ -1,12 +1,13 @@
 """ablation.json: what the arms of all seeds come to.
 
 `arms`, by name: what; accuracy {mean, ci95, n, per_level, per_stratum}; difference to the baseline {mean, ci95,
-per_level, per_stratum, per_seed}; examples by stage, tokens and loss_tokens trained on, teacher_tokens by kind of
-rollout and in all, repairs as curate counts them, teacher_seconds (means over seeds); per_problem: teacher tokens and
-seconds for each problem more that the student solves than it did before training, and beyond the baseline's; null where
-it solves none more. `before`: teacher and untrained student. `teacher`: by seed, problems by correct rollouts of n,
-strata. Strata of held-out problems have the bounds of training (DESIGN section 2), by the teacher's samples of all
-seeds. Seconds hold compiling. Shares are of 1; accuracies are on the same held-out problems with the same samples.
+per_level, per_stratum, per_seed}; heal_minus, the same of HEAL's student and this one; examples by stage, tokens and
+loss_tokens trained on, teacher_tokens by kind of rollout and in all, repairs as curate counts them, teacher_seconds
+(means over seeds); per_problem: teacher tokens and seconds for each problem more that the student solves than it did
+before training, and beyond the baseline's; null where it solves none more. `before`: teacher and untrained student.
+`teacher`: by seed, problems by correct rollouts of n, strata. Strata of held-out problems have the bounds of training
+(DESIGN section 2), by the teacher's samples of all seeds. Seconds hold compiling. Shares are of 1; accuracies are on
+the same held-out problems with the same samples.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from heal_jax.ablate.arms import BASELINE, Arm
+from heal_jax.ablate.arms import BASELINE, WHOLE, Arm
 from heal_jax.bootstrap import crossed
 from heal_jax.config import Config
 from heal_jax.pace import stratum
@@ -48,31 +49,34 @@ def ablation(
         "seeds": [config.seed + i for i in range(len(teachers))],
         "teacher": [t["teacher"] for t in teachers],
         "before": before,
-        "arms": {
-            arm.name: {"what": arm.what} | _of_arm(config, groups, arm, base, teachers, made[arm.name], made[BASELINE])
-            for arm in whole
-        },
+        "arms": {arm.name: {"what": arm.what} | _of_arm(config, groups, arm, base, teachers, made) for arm in whole},
     }
 
 
 def _of_arm(
     config: Config, groups: Groups, arm: Arm, base: np.ndarray, teachers: Sequence[Record],
-    own: Sequence[Record], baseline: Sequence[Record],
+    made: Mapping[str, Sequence[Record]],
 ) -> dict[str, Any]:  # fmt: skip
-    means = np.array([record["means"] for record in own])
+    own, baseline = made[arm.name], made[BASELINE]
+    means = _means(own)
+
+    def beyond(more: np.ndarray, less: np.ndarray) -> dict[str, Any]:
+        return _accuracy(config, groups, more - less) | {"per_seed": [float(x) for x in (more - less).mean(axis=1)]}
+
     found: dict[str, Any] = {"accuracy": _accuracy(config, groups, means)}
     tokens = [sum(record["tokens"].values()) for record in own]
     seconds = [_seconds(arm, teacher, record) for teacher, record in zip(teachers, own)]
     gained = [means.shape[1] * float(x) for x in (means - base).mean(axis=1)]
     costs = {"over_student_base": _cost(tokens, seconds, gained)}
     if arm.name != BASELINE:
-        others = np.array([record["means"] for record in baseline])
-        difference = _accuracy(config, groups, means - others)
-        found["difference"] = difference | {"per_seed": [float(x) for x in (means - others).mean(axis=1)]}
+        others = _means(baseline)
+        found["difference"] = beyond(means, others)
         more_tokens = [x - sum(record["tokens"].values()) for x, record in zip(tokens, baseline)]
         more_seconds = [x - sum(teacher["work"][name] for name in ("sample",)) for x, teacher in zip(seconds, teachers)]
         more = [means.shape[1] * float(x) for x in (means - others).mean(axis=1)]
         costs["over_baseline"] = _cost(more_tokens, more_seconds, more)
+    if arm.name != WHOLE and len(made.get(WHOLE, ())) == len(own):
+        found["heal_minus"] = beyond(_means(made[WHOLE]), means)
     return found | {
         "examples": {stage: _mean(record["examples"][stage] for record in own) for stage in own[0]["examples"]},
         **{name: _mean(record["trained"][name] for record in own) for name in ("tokens", "loss_tokens")},
@@ -84,6 +88,11 @@ def _of_arm(
         "repairs": {name: _mean(record["repair"][name] for record in own) for name in own[0]["repair"]},
         "per_problem": costs,
     }  # fmt: skip
+
+
+def _means(records: Sequence[Record]) -> np.ndarray:
+    """[seeds, problems] float64"""
+    return np.array([record["means"] for record in records])
 
 
 def _seconds(arm: Arm, teacher: Record, record: Record) -> float:
