@@ -61,7 +61,7 @@ def run_stages(
             _start_over(run, name)
         if directory.done(name) is None:
             directory.begin(name)
-            with _memory(name), run.progress.stage(name):
+            with memory(name), run.progress.stage(name):
                 stages[name](run)
             if tell and name != names[-1]:
                 _tell(run)
@@ -98,7 +98,7 @@ def _start_over(run: Run, name: str) -> None:
 
 
 @contextlib.contextmanager
-def _memory(stage: str) -> Iterator[None]:
+def memory(stage: str) -> Iterator[None]:
     """Say what to change where memory runs out."""
     try:
         yield

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,10 @@ from heal_jax.ablate import cuts, shortcuts
 from heal_jax.ablate.arms import ARMS, BASELINE, chosen
 from heal_jax.ablate.page import in_terminal
 from heal_jax.bootstrap import crossed
+from heal_jax.config import load
 from heal_jax.model.tokenizer import Tokenizer
+from heal_jax.progress import Progress
+from heal_jax.run import open_run
 from heal_jax.store import RunDirectory
 from heal_jax.strict import flatten
 from heal_jax.world import model_folder
@@ -315,6 +319,20 @@ def test_yields_are_sums_over_sums():
     assert judged["flawless_per_1000_tokens"]["mean"] == pytest.approx(1000 * flawless / tokens)
     low, high = judged["flawless_per_1000_tokens"]["ci95"]
     assert low < 1000 * flawless / tokens < high and judged["kept"] == 0 == judged["keeps_a_fault"]
+
+
+def test_cuts_that_were_decoded_are_kept(tiny, tmp_path, monkeypatch):
+    """Where it was stopped between two batches of them, say."""
+    out = tmp_path / "out"
+    shutil.copytree(tiny[0], out)
+    with open_run(load(TINY), out, Progress(quiet=True)) as run:
+        first = cuts.decode(run, 1, 2)
+        assert first and list(out.glob("cuts-*.json"))
+        monkeypatch.setattr(cuts, "generate", None)
+        for a, b in zip(first, cuts.decode(run, 1, 2), strict=True):
+            np.testing.assert_array_equal((a.flawless, a.correct, a.tokens), (b.flawless, b.correct, b.tokens))
+        cuts.forget(run)
+    assert not list(out.glob("cuts-*.json"))
 
 
 def test_measured_on_the_tiny_run(ablated):

@@ -6,18 +6,20 @@ continuations from every cut are decoded once, and any rule is judged by those a
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from heal_jax import gear
+from heal_jax import gear, processes
 from heal_jax.collect import Path, failed_paths, longest_prompt, wrong_step
-from heal_jax.rollout.generate import Group, generate
+from heal_jax.rollout.generate import Decoded, Group, generate
 from heal_jax.rollout.sampling import rules
 from heal_jax.run import Run, hint_text
 from heal_jax.shapes import repair_shape
+from heal_jax.store import read_json, write_json
 
 WINDOWS = {"1/3": 1 / 3, "2/3": 2 / 3, "1": 1.0}
 BACKUPS = (0, 1, 2)
@@ -44,7 +46,9 @@ class Cuts:
 
 
 def decode(run: Run, paths: int, repeats: int) -> list[Cuts]:
-    """`repeats` continuations from every cut of the first `paths` failed rollouts of each unsolved problem."""
+    """`repeats` continuations from every cut of the first `paths` failed rollouts of each unsolved problem. What a
+    batch comes to is kept in cuts-N.json of the run's directory until `forget`.
+    """
     taken: dict[str, list[Path]] = {}
     for path in failed_paths(run):
         several = taken.setdefault(path.problem.id, [])
@@ -56,34 +60,25 @@ def decode(run: Run, paths: int, repeats: int) -> list[Cuts]:
     lm, config = run.teacher, run.config
     hints = {p.id: tuple(lm.tokenizer.encode(hint_text(config, p))) for p in run.problems}
 
-    def kept(path: Path, c: int) -> tuple[int, ...]:
-        return tuple(path.row["tokens"][: path.row["step_starts"][c]])
-
     def group(path: Path, c: int) -> Group:
         stem = path.row["rollout_id"].removesuffix(f"/s{config.seed}")
         ids = tuple(f"{stem}/cut{c}.{i}/s{config.seed}" for i in range(repeats))
-        context = run.prompts[path.problem.id] + kept(path, c) + hints[path.problem.id]
-        return Group(context, ids, config.sample.max_new_tokens - len(kept(path, c)))
+        context = run.prompts[path.problem.id] + _kept(path, c) + hints[path.problem.id]
+        return Group(context, ids, config.sample.max_new_tokens - len(_kept(path, c)))
 
-    longest = longest_prompt(run) + max(len(kept(*unit)) for unit in units) + max(map(len, hints.values()))
+    longest = longest_prompt(run) + max(len(_kept(*unit)) for unit in units) + max(map(len, hints.values()))
     alike = dataclasses.replace(config, gear=dataclasses.replace(config.gear, repairs=repeats, paths=1))
     shape = repair_shape(alike, len(units), longest)
-    found: dict[tuple[str, int], tuple[float, float, float]] = {}
+    found: dict[tuple[str, int], list[float]] = {}
     total = -(-len(units) // shape.contexts)
     for number in range(total):
         part = units[number * shape.contexts : (number + 1) * shape.contexts]
-        run.progress.doing(f"decoding from {len(part)} cuts")
-        made = generate(lm, [group(*unit) for unit in part], shape, rules(config.sample))
-        texts = [[lm.tokenizer.text([*kept(*unit), *d.tokens]) for d in several] for unit, several in zip(part, made)]
-        graded = run.grade(
-            [(unit[0].problem, lm.tokenizer.text(list(d.tokens)), d.finish)
-             for unit, several in zip(part, made) for d in several], 0
-        )  # fmt: skip
-        right = np.array([grade.grade == "correct" for grade in graded]).reshape(len(part), repeats)
-        for unit, of_unit, written, correct in zip(part, made, texts, right):
-            flawless = [ok and wrong_step(unit[0].problem, text) is None for ok, text in zip(correct, written)]
-            tokens = float(np.mean([len(d.tokens) for d in of_unit]))
-            found[unit[0].row["rollout_id"], unit[1]] = float(np.mean(flawless)), float(correct.mean()), tokens
+        file = run.root / f"cuts-{number}.json"
+        if not file.is_file():
+            run.progress.doing(f"decoding from {len(part)} cuts")
+            made = generate(lm, [group(*unit) for unit in part], shape, rules(config.sample))
+            processes.once(functools.partial(write_json, file, _continued(run, part, made)))
+        found |= {(unit[0].row["rollout_id"], unit[1]): shares for unit, shares in zip(part, read_json(file))}
         run.progress.update("cuts", number + 1, total, "shards", tokens=0)
     out = []
     for path in (path for several in taken.values() for path in several):
@@ -93,6 +88,35 @@ def decode(run: Run, paths: int, repeats: int) -> list[Cuts]:
         h = np.array([np.mean(path.row["entropy"][a:b]) for a, b in zip(bounds, bounds[1:])], np.float32)
         out.append(Cuts(path.problem.id, len(h) if wrong is None else wrong, h, *values.T))
     return out
+
+
+def forget(run: Run) -> None:
+    """Remove what `decode` kept."""
+    for file in run.root.glob("cuts-*.json"):
+        file.unlink()
+
+
+def _kept(path: Path, c: int) -> tuple[int, ...]:
+    """The tokens before a cut."""
+    return tuple(path.row["tokens"][: path.row["step_starts"][c]])
+
+
+def _continued(run: Run, units: Sequence[tuple[Path, int]], made: Sequence[Sequence[Decoded]]) -> list[list[float]]:
+    """Of each cut: the shares of its continuations that are flawless and correct, and their tokens on average."""
+    tokenizer = run.teacher.tokenizer
+    graded = run.grade(
+        [(unit[0].problem, tokenizer.text(list(d.tokens)), d.finish)
+         for unit, several in zip(units, made) for d in several], 0
+    )  # fmt: skip
+    right = np.array([grade.grade == "correct" for grade in graded]).reshape(len(units), -1)
+    found = []
+    for unit, several, correct in zip(units, made, right):
+        written = [tokenizer.text([*_kept(*unit), *d.tokens]) for d in several]
+        flawless = [ok and wrong_step(unit[0].problem, text) is None for ok, text in zip(correct, written)]
+        found.append(
+            [float(np.mean(flawless)), float(correct.mean()), float(np.mean([len(d.tokens) for d in several]))]
+        )
+    return found
 
 
 Chosen = Callable[[Cuts], np.ndarray]  # how likely each cut c is, [K]

@@ -24,7 +24,7 @@ from heal_jax.config import MAIN, Config
 from heal_jax.curriculum import curate, train_students
 from heal_jax.errors import InputError
 from heal_jax.evaluate import evaluate, problem_means
-from heal_jax.pipeline import run_stages
+from heal_jax.pipeline import memory, run_stages
 from heal_jax.progress import Progress
 from heal_jax.run import Run, open_run
 from heal_jax.sets import draw_of
@@ -78,7 +78,8 @@ def one(
         budgets = Counter[str]()
         for row in (row for table in aided for row in table.select(["problem_id", "entropy"]).to_pylist()):
             budgets[row["problem_id"]] += len(row["entropy"])
-        sample_more(run, budgets)
+        with memory("sample"):
+            sample_more(run, budgets)
 
     stages: dict[str, Callable[[Run], None]] = {"repair": repair} if arm.own_repairs else {}
     stages["curate"] = functools.partial(curate, variant=arm.variant)
@@ -124,10 +125,14 @@ def measure(config: Config, folder: Path, progress: Progress) -> dict[str, Any]:
     with open_run(config, folder, progress, command="heal ablate --measure") as run:
         found: dict[str, Any] = {}
         if world_of(config.problems.source) is not None:
-            found["cuts"] = cuts.measured(cuts.decode(run, PATHS, REPEATS), config.evaluate.resamples, config.seed)
-        found["planted"] = shortcuts.planted(run, ROLLOUTS, CERTAIN)
+            with memory("repair"):
+                decoded = cuts.decode(run, PATHS, REPEATS)
+            found["cuts"] = cuts.measured(decoded, config.evaluate.resamples, config.seed)
+        with memory("repair"):
+            found["planted"] = shortcuts.planted(run, ROLLOUTS, CERTAIN)
         found["natural"] = shortcuts.natural(run)
-        processes.once(lambda: write_json(path, found))
+        processes.once(functools.partial(write_json, path, found))
+        processes.once(functools.partial(cuts.forget, run))
     return found
 
 
