@@ -128,23 +128,24 @@ def _number(environment: Mapping[str, str], name: str) -> int:
 
 
 def leave(status: int) -> None:
-    """End this process's part in the job. After an error it does not return: an orderly end would wait for the others.
-
-    The process must have said what the error is.
+    """End this process, if it is one of a job. After an error the others are not waited for; what it is must have been
+    said. Without one they are, and then it ends at once all the same: on a busy machine the interpreter's own end now
+    and then never came, for a thread of the runtime.
     """
     if not jax.distributed.is_initialized():
         return
-    if not status:
+    orderly = not status
+    if orderly:
         try:
             jax.distributed.shutdown()
-            return
         except RuntimeError:
             print(f"heal: {_GONE}", file=sys.stderr)
-            status = 1
+            orderly, status = False, 1
     try:
         sys.stdout.flush()
         sys.stderr.flush()
-        time.sleep(LEAVE_SECONDS)
+        if not orderly:
+            time.sleep(LEAVE_SECONDS)
     finally:
         os._exit(status)
 
