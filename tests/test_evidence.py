@@ -159,6 +159,21 @@ def kept(found: dict[str, dict[str, Any]]) -> str:
     return table(heads, rows)
 
 
+def hints(of: dict[str, Any]) -> str:
+    rows = []
+    for name, arm in of["arms"].items():
+        if name == "heal" or name.startswith("hint_"):
+            hint = of["config"]["gear"]["hint"].strip() if name == "heal" else arm["what"].removeprefix("hint: ")
+            repairs = arm["repairs"]
+            right, leaked = repairs["correct"] / repairs["candidates"], repairs["leaked"] / max(1, repairs["correct"])
+            kept = f"{repairs['problems_kept']} of {repairs['problems']}"
+            figures = [f"{100 * right:.1f} %", f"{100 * leaked:.1f} %", kept]
+            rows.append([f"`{name}`: {hint}", *figures, interval(arm.get("heal_minus"))])
+    return table(
+        ["the hint", "repairs right", "of these talk about it", "problems with a kept repair", "HEAL minus"], rows
+    )
+
+
 def tables() -> dict[str, str]:
     every = {name: load(name) for name in EVERY}
     found = {name: every[name] for name in WORLDS}
@@ -171,6 +186,7 @@ def tables() -> dict[str, str]:
         "cuts": cuts(found),
         "planted": planted(found),
         "kept": kept(found),
+        "hints": hints(load("hints")),
     }
 
 
@@ -179,7 +195,7 @@ def made():
     return tables()
 
 
-@pytest.mark.parametrize("name", ("teachers", "arms", "worth", "levels", "costs", "cuts", "planted", "kept"))
+@pytest.mark.parametrize("name", ("teachers", "arms", "worth", "levels", "costs", "cuts", "planted", "kept", "hints"))
 def test_the_readme_has_the_table(made, name):
     assert made[name] in (ROOT / "README.md").read_text(encoding="utf-8")
 
