@@ -300,7 +300,7 @@ def test_every_stage_names_its_knobs(tmp_path):
 
     fields = flatten(to_dict(Config()))
     for stage in STAGES:
-        with pytest.raises(RunError, match=f"{stage}: out of memory") as error, pipeline._memory(stage):
+        with pytest.raises(RunError, match=f"{stage}: out of memory") as error, pipeline.memory(stage):
             raise MemoryError
         named = [word.strip(",;:()") for word in str(error.value).split() if "." in word.strip(",;:().")]
         assert len(named) >= 2 and set(named) <= set(fields), named

@@ -168,7 +168,7 @@ def test_planted_faults_of_legs_are_as_frequent_as_said():
             count, animal = said.partition(":")[0].split(" ", 1)
             found = [(a, c) for a, c in legs.herd_of(question) if legs.named(a, c) == f"{count} {animal}"]
             [(kind, many)] = found
-            met[legs.weak(kind, many)].append(int(now) - total == many * legs.ANIMALS[kind])
+            met[legs.weak(kind, many)].append(int(now) - total == many * legs.animals()[kind])
             total = int(now)
     assert np.mean(met["hard"]) == pytest.approx(0.15, abs=0.04)
     assert np.mean(met["medium"]) == pytest.approx(0.85, abs=0.04)
