@@ -35,10 +35,10 @@ SEEDS = 2
 
 @pytest.fixture(scope="module")
 def ablated(tmp_path_factory):
-    """An ablation of configs/tiny.yaml with two seeds, and its command."""
+    """An ablation of configs/tiny.yaml with two seeds, made by two processes, and its command for one."""
     out = tmp_path_factory.mktemp("ablation") / "out"
     command = ["ablate", TINY, "--out", out, "--seeds", SEEDS, "--arms", ASKED, "--measure"]
-    process = start(*command)
+    process = start(*command, "--jobs", 2)
     stdout, stderr = process.communicate()
     assert process.returncode == 0, stderr
     return out, command, stdout, stderr
@@ -206,6 +206,7 @@ def test_bad_arguments_are_one_line(tmp_path, capsys):
     out = ["--out", str(tmp_path / "x")]
     assert "'hael' is no arm; there are rejection_sampling," in refused(capsys, "ablate", TINY, *out, "--arms", "hael")
     assert "--seeds" in refused(capsys, "ablate", TINY, *out, "--seeds", "0")
+    assert "--jobs" in refused(capsys, "ablate", TINY, *out, "--jobs", "0")
     assert "a folder on a disk" in refused(capsys, "ablate", TINY, "--out", "gs://bucket/x")
     said = refused(capsys, "ablate", TINY, *out, "--train.row_tokens", "128")
     assert "train.row_tokens: 128" in said and "256" in said

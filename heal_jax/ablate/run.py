@@ -1,15 +1,19 @@
-"""All seeds and arms, one after another; what is done is kept, and the same command goes on."""
+"""All seeds and arms, one after another or some at a time; what is done is kept, and the same command goes on."""
 
 import contextlib
 import dataclasses
 import functools
 from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from heal_jax import processes
 from heal_jax.ablate import seed as seeds
 from heal_jax.ablate.arms import Arm
+from heal_jax.ablate.jobs import opened
 from heal_jax.ablate.page import FILE, write_page
 from heal_jax.ablate.results import ablation
 from heal_jax.config import MAIN, Config
@@ -19,43 +23,77 @@ from heal_jax.sets import load_set
 from heal_jax.shapes import bucket
 from heal_jax.store import write_json
 
+TEACHER, MEASURES = -2, -1  # parts of a seed that are no arm
+
 
 def ablate(
-    config: Config, arms: Sequence[Arm], count: int, out: Path, progress: Progress, measure: bool = False
+    config: Config, arms: Sequence[Arm], count: int, out: Path, progress: Progress, measure: bool = False, jobs: int = 1
 ) -> dict[str, Any]:
     """Make the arms with seeds config.seed to config.seed + count - 1, and write ablation.json and report.html.
 
-    measure: also measure breakpoints and PURE directly, on the first seed's rollouts. Raises InputError where the
-    batches of arms could differ, and as `heal run` does.
+    measure: also measure breakpoints and PURE directly, on the first seed's rollouts. jobs: arms at a time. Raises
+    InputError where the batches of arms could differ, and as `heal run` does.
     """
     _comparable(config, out)
+    _together(jobs)
     problems = load_set(config, MAIN)
-    teachers: list[dict[str, Any]] = []
-    made: dict[str, list[dict[str, Any]]] = {arm.name: [] for arm in arms}
-    measures: dict[str, Any] = {}
+    of_seed = [dataclasses.replace(config, seed=config.seed + number) for number in range(count)]
+    folders = [out / f"seed{each.seed}" for each in of_seed]
+    measured = measure or (folders[0] / "teacher" / seeds.MEASURES).is_file()
+    parts = [(number, part) for number in range(count) for part in (TEACHER, MEASURES, *range(len(arms)))]
+    parts = [(number, part) for number, part in parts if part != MEASURES or (measured and number == 0)]
+    total = len(parts)
+    if jobs > 1:
+        parts.sort(key=lambda which: which[1] != TEACHER)  # what else waits for
+    done: dict[tuple[int, int], Any] = {}
     fuller = (out / FILE).is_file()
 
-    def write() -> dict[str, Any]:
-        found = ablation(config, problems, arms, teachers, made) | measures
+    def call(number: int, part: int) -> Sequence[Any]:
+        each, folder = of_seed[number], folders[number]
+        if part == TEACHER:
+            return seeds.shared, each, arms, folder / "teacher", measure and number == 0
+        if part == MEASURES:
+            return seeds.measure, each, folder / "teacher"
+        before = done[number, TEACHER]["means"]["student_base"]
+        return seeds.one, each, arms[part], folder / arms[part].name, folder / "teacher", before
+
+    def named(number: int, part: int) -> str:
+        what = {TEACHER: "the teacher", MEASURES: "breakpoints and PURE, measured directly"}
+        said = what.get(part) or f"{arms[part].name} ({part + 1}/{len(arms)})"
+        return f"seed {of_seed[number].seed} ({number + 1}/{count}): {said}"
+
+    def write(seeds_made: int) -> dict[str, Any]:
+        made = {
+            arm.name: [done[n, i] for n in range(seeds_made) if (n, i) in done] for i, arm in enumerate(arms)
+        }  # fmt: skip
+        teachers = [done[n, TEACHER] for n in range(seeds_made)]
+        found = ablation(config, problems, arms, teachers, made) | done.get((0, MEASURES), {})
         processes.once(functools.partial(_write, out, found))
         return found
 
-    for number in range(count):
-        of_seed = dataclasses.replace(config, seed=config.seed + number)
-        folder, said = out / f"seed{of_seed.seed}", f"seed {of_seed.seed} ({number + 1}/{count})"
-        progress.say(f"{said}: the teacher")
-        teachers.append(seeds.shared(of_seed, arms, folder / "teacher", progress, measure and number == 0))
-        if number == 0 and (measure or (folder / "teacher" / seeds.MEASURES).is_file()):
-            progress.say(f"{said}: breakpoints and PURE, measured directly")
-            measures = seeds.measure(of_seed, folder / "teacher", progress)
-        for i, arm in enumerate(arms):
-            progress.say(f"{said}: {arm.name} ({i + 1}/{len(arms)})")
-            before = teachers[-1]["means"]["student_base"]
-            made[arm.name].append(seeds.one(of_seed, arm, folder / arm.name, folder / "teacher", before, progress))
-            # Later seeds make means over more seeds only when all arms have them; what an earlier call wrote has more.
-            if number == 0 and not fuller:
-                write()
-    return write()
+    running: dict[Future[Any], tuple[int, int]] = {}
+    with opened(jobs, progress) as submit:
+        while parts or running:
+            ready = [(number, part) for number, part in parts if part == TEACHER or (number, TEACHER) in done]
+            for which in ready[: jobs - len(running)]:
+                parts.remove(which)
+                progress.say(named(*which))
+                running[submit(*call(*which))] = which
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                number, part = which = running.pop(future)
+                done[which] = future.result()
+                if jobs > 1:
+                    progress.say(f"{named(*which)}: done, {len(done)} of {total}")
+                # Later seeds make means over more seeds only when all arms have them; what an earlier call wrote has
+                # more.
+                if number == 0 and part >= 0 and not fuller:
+                    write(1)
+    return write(count)
+
+
+def _together(jobs: int) -> None:
+    if jobs > 1 and (processes.count() > 1 or jax.default_backend() != "cpu"):
+        raise InputError(f"--jobs {jobs}: for CPUs and a run of one process; leave it out here")
 
 
 def _write(out: Path, found: dict[str, Any]) -> None:

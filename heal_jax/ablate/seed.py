@@ -41,9 +41,7 @@ MEASURES = "measures.json"
 STUDENT = "heal"  # what the student of every arm is called in its directory
 
 
-def shared(
-    config: Config, arms: Sequence[Arm], folder: Path, progress: Progress, measured: bool = False
-) -> dict[str, Any]:
+def shared(config: Config, arms: Sequence[Arm], folder: Path, measured: bool, progress: Progress) -> dict[str, Any]:
     """Make what the arms share, as far as they need it (or what is `measured`); the figures of the teacher and of the
     untrained student.
     """

@@ -30,6 +30,8 @@ class AblateArguments:
     measure: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Also measure, on the first seed's rollouts, what repairs from every cut come to (in a built-in world), and how
     PURE tells planted shortcuts."""
+    jobs: Annotated[int, tyro.conf.arg(metavar="N")] = 1
+    """Arms at a time, each with its share of the processors; for CPUs. Small models keep little more than one busy."""
     said: Annotated[Said, tyro.conf.arg(name="")] = Said()
 
 
@@ -37,6 +39,8 @@ def main(command: str, argv: list[str], progress: Progress) -> int:
     a: AblateArguments = configured(AblateArguments, command, "--out DIR", argv, "", out=tyro.MISSING)
     if a.seeds < 1:
         raise InputError(f"--seeds: {a.seeds} is out of range, allowed: >= 1")
+    if a.jobs < 1:
+        raise InputError(f"--jobs: {a.jobs} is out of range, allowed: >= 1")
     from heal_jax.ablate.arms import chosen
 
     arms = chosen([name for name in a.arms.split(",") if name])
@@ -48,7 +52,7 @@ def main(command: str, argv: list[str], progress: Progress) -> int:
         if not processes.primary():
             progress.mute()
         cache.enable(progress.say)
-        found = ablate(a.settings, arms, a.seeds, a.out, progress, a.measure)
+        found = ablate(a.settings, arms, a.seeds, a.out, progress, a.measure, a.jobs)
         if processes.primary():
             progress.close()
             progress.printer.print(in_terminal(found, progress.printer.width))
