@@ -153,6 +153,8 @@ def test_figures_are_those_of_the_shards(ablated):
         assert arm["accuracy"]["n"] == len(problems)
         low, high = arm["accuracy"]["ci95"]
         assert low <= arm["accuracy"]["mean"] <= high
+        gained = means(name) - means("teacher", "student_base")
+        assert arm["gain"]["per_seed"] == pytest.approx(list(gained.mean(axis=1)))
         parts = arm["accuracy"]["per_stratum"]
         assert sum(part["n"] for part in parts.values()) == len(problems)
         assert parts["solved"]["mean"] == pytest.approx(means(name)[:, teacher >= 0.5].mean())
