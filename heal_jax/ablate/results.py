@@ -1,14 +1,14 @@
 """ablation.json: what the arms of all seeds come to.
 
-`arms`, by name: what; accuracy {mean, ci95, n, per_level, per_stratum}; gain, of the student over itself before training
-{mean, ci95, n, per_level, per_stratum, per_seed}; difference, the same over the baseline's student; heal_minus, of HEAL's
-student over this one; examples by stage, tokens and loss_tokens trained on, teacher_tokens by kind of rollout and in
-all, repairs as curate counts them, teacher_seconds (means over seeds); per_problem: teacher tokens and seconds for each
-problem more that the student solves than it did before training, and beyond the baseline's; null where it solves none
-more. `before`: teacher and untrained student.
-`teacher`: by seed, problems by correct rollouts of n, strata. Strata of held-out problems have the bounds of training
-(DESIGN section 2), by the teacher's samples of all seeds. Seconds hold compiling. Shares are of 1; accuracies are on
-the same held-out problems with the same samples.
+`arms`, by name: what; accuracy {mean, ci95, n, per_level, per_stratum}; gain, of the student over itself before
+training {mean, ci95, n, per_level, per_stratum, per_seed}; difference, the same over the baseline's student;
+heal_minus, of HEAL's student over this one; examples by stage, tokens and loss_tokens trained on, teacher_tokens by
+kind of rollout and in all, repairs as curate counts them, teacher_seconds (means over seeds); per_problem: teacher
+tokens and seconds for each problem more that the student solves than it did before training, and beyond the
+baseline's; null where it solves none more. `before`: teacher and untrained student. `teacher`: by seed, problems by
+correct rollouts of n, strata. Strata of held-out problems have the bounds of training (DESIGN section 2), by the
+teacher's samples of all seeds. Seconds hold compiling. Shares are of 1; accuracies are on the same held-out problems
+with the same samples.
 """
 
 from collections.abc import Mapping, Sequence
