@@ -79,8 +79,8 @@ def same_rollout(lm, context, rollout_id, a, b, tie=TIE) -> bool:
     return False
 
 
-def same_run(lm, one: Path, other: Path) -> int:
-    """Compare two finished runs: rollouts, their records, training losses, weights. How many rollouts parted."""
+def same_rollouts(lm, one: Path, other: Path) -> int:
+    """Compare the teacher's rollouts of two runs and their records. How many parted."""
     parted = 0
     for kind in ("base", "hindsight", "repair"):
         rows = [
@@ -105,6 +105,12 @@ def same_run(lm, one: Path, other: Path) -> int:
                 assert (a["grade"], a["step_starts"], a["finish"]) == (b["grade"], b["step_starts"], b["finish"])
                 if a["pure_score"] is not None:
                     np.testing.assert_allclose(a["pure_score"], b["pure_score"], atol=1e-3)
+    return parted
+
+
+def same_run(lm, one: Path, other: Path) -> int:
+    """Compare two finished runs: rollouts, their records, training losses, weights. How many rollouts parted."""
+    parted = same_rollouts(lm, one, other)
     for model in ("teacher", "student_base"):
         tables = [read_table(out / "evaluation" / f"{model}-00000.parquet").to_pylist() for out in (one, other)]
         for a, b in zip(*tables, strict=True):
