@@ -11,7 +11,15 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 WORLDS = ("sums", "rewriting", "legs")  # with all arms and measures
-EVERY = WORLDS
+EVERY = (*WORLDS, "smollm2")
+STUDENTS = {
+    "sums-base": "`sums`, 0.3 M, a quarter of its pretraining",
+    "sums": "`sums`, 0.3 M",
+    "sums-large": "`sums`, 0.8 M",
+    "sums-tuned": "`sums`, 0.3 M, tuned",
+    "rewriting": "`rewriting`, 0.3 M",
+    "legs": "`legs`, 0.3 M",
+}
 RULES = {
     "difference, window 1/3, backup 1": "**surge (difference), window 1/3, one step back**",
     "ratio, window 1/3, backup 1": "ratio",
@@ -174,6 +182,18 @@ def hints(of: dict[str, Any]) -> str:
     )
 
 
+def students(found: dict[str, dict[str, Any]]) -> str:
+    rows = []
+    for name, of in found.items():
+        arms = of["arms"]
+        gains = [interval(arms[arm]["gain"]) for arm in ("curated_few", "rejection_sampling", "heal")]
+        before = f"{100 * of['before']['student_base']['mean']:.1f}"
+        rows.append([STUDENTS[name], before, *gains, interval(arms["heal"]["difference"])])
+    heads = ["the student", "before", "`curated_few`", "`rejection_sampling`", "`heal`",
+             "`heal` minus `rejection_sampling`"]  # fmt: skip
+    return table(heads, rows)
+
+
 def tables() -> dict[str, str]:
     every = {name: load(name) for name in EVERY}
     found = {name: every[name] for name in WORLDS}
@@ -187,6 +207,7 @@ def tables() -> dict[str, str]:
         "planted": planted(found),
         "kept": kept(found),
         "hints": hints(load("hints")),
+        "students": students({name: load(name) for name in STUDENTS}),
     }
 
 
@@ -195,7 +216,10 @@ def made():
     return tables()
 
 
-@pytest.mark.parametrize("name", ("teachers", "arms", "worth", "levels", "costs", "cuts", "planted", "kept", "hints"))
+NAMES = ("teachers", "arms", "worth", "levels", "costs", "cuts", "planted", "kept", "hints", "students")
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_the_readme_has_the_table(made, name):
     assert made[name] in (ROOT / "README.md").read_text(encoding="utf-8")
 
