@@ -179,6 +179,7 @@ class Batch(NamedTuple):
     mask: Any
 
 
+READ = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)  # from memory: more threads only wait for each other
 BINS = 256  # rows that are open for an example at once; 64 leave up to a tenth of the slots empty
 
 
@@ -209,7 +210,7 @@ def batches(
 
     order = grain.MapDataset.source(range(len(examples))).seed(seed).shuffle().repeat().map(features)
     packed = grain.experimental.FirstFitPackIterDataset(
-        order.to_iter_dataset(),
+        order.to_iter_dataset(READ),
         length_struct={"tokens": length, "mask": length, "example": length},
         num_packing_bins=BINS,
         shuffle_bins=False,
