@@ -5,11 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from heal_jax.ablate.jobs import MALLOC
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # libtpu, there for heal plan, complains where there is no TPU
-# glibc gives memory back and asks for it again all the time; keeping it saves a sixth of the suite's processor time.
-# Workers and commands are started with this.
-KEEP = {"ARENA_MAX": "1", "MMAP_MAX_": "0", "TRIM_THRESHOLD_": "100000000000", "TOP_PAD_": "67108864"}
-os.environ.update({f"MALLOC_{name}": value for name, value in KEEP.items() if f"MALLOC_{name}" not in os.environ})
+os.environ.update(MALLOC | os.environ)  # workers and commands are started with it
 # As a user has it, for tests that start the command: one device.
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "NPROC")}
 # Transformers imports PyTorch wherever it finds it; most users have none, and each command takes three seconds less.

@@ -2,11 +2,13 @@
 brute force."""
 
 import dataclasses
+import functools
 import json
 import random
 import re
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +64,20 @@ train: {{batch: 8, row_tokens: 256, max_tokens: 256}}
 """
     (folder / "plan.yaml").write_text(text)
     return load(folder / "plan.yaml")
+
+
+@pytest.fixture(scope="module")
+def on_tpus(small):
+    """A function: the program of this name, for four TPU chips, and as their compiler makes it, once for all tests;
+    and the mesh and the slice."""
+    found, mesh, topology = on_slice(small)
+
+    @functools.cache
+    def made(name):
+        program = named(found, name)
+        return program, program.lower(mesh).compile(), mesh, topology
+
+    return made
 
 
 def compiled_text(fn, *shapes, devices):
@@ -223,13 +239,11 @@ def test_formulas_by_hand(teacher, layers, slots, remat):
     assert flops.training(config, 300, remat) == 3 * forward + again
 
 
-def test_one_layer_against_the_real_compiler(small):
+def test_one_layer_against_the_real_compiler(on_tpus):
     """Each kind of program for four TPU chips: FLOPs by hand, memory as XLA reports it."""
-    found, mesh, topology = on_slice(small)
     layer = 2 * D * (2 * H * E + 2 * K * E + 3 * F)
     for stage in ("sample", "score hindsight", "train"):
-        program = named(found, stage)
-        compiled = program.lower(mesh).compile()
+        program, compiled, mesh, topology = on_tpus(stage)
         estimated = read(program, compiled, mesh, backend.usable_hbm(topology), topology)
         once, step, memory = estimated.once, estimated.step, estimated.memory
         if stage == "sample":
@@ -317,7 +331,7 @@ def test_float32_is_planned_as_it_runs(small):
     """Six bfloat16 passes of the matrix unit through every product, as the compiled program says."""
     floats = {name: dataclasses.replace(getattr(small, name), dtype="float32") for name in ("teacher", "student")}
     found, mesh, topology = on_slice(dataclasses.replace(small, **floats))
-    program = named(found, "train")
+    program = named(found, "score hindsight")
     compiled = program.lower(mesh).compile()
     products = re.findall(r" convolution\(.*", compiled.as_text())
     assert products and all("operand_precision={highest,highest}" in line for line in products)
@@ -326,11 +340,12 @@ def test_float32_is_planned_as_it_runs(small):
     assert estimated.roof(only).seconds == pytest.approx(6 * only.flops / topology.chip.flops)
 
 
-def test_what_the_compiler_writes_otherwise_is_one_line(small, monkeypatch):
-    found, mesh, topology = on_slice(small)
+def test_what_the_compiler_writes_otherwise_is_one_line(on_tpus, monkeypatch):
+    program, compiled, mesh, topology = on_tpus("sample")
+    monkeypatch.setattr(type(program), "lower", lambda *_: SimpleNamespace(compile=lambda: compiled))
     monkeypatch.setattr(Compiled, "loops", {"decode_steps"})
     with pytest.raises(RunError, match="cannot read .loops decode_steps that carry 4 caches"):
-        estimate(named(found, "sample"), mesh, topology)
+        estimate(program, mesh, topology)
 
 
 def test_more_positions_than_a_model_has(small):
@@ -348,10 +363,8 @@ def test_too_large_is_an_answer(small):
     assert np.isnan(refused.chip_hours)
 
 
-def test_what_other_models_push_over_the_brink_has_no_cost(small):
-    found, mesh, topology = on_slice(small)
-    program = named(found, "score hindsight")
-    compiled = program.lower(mesh).compile()
+def test_what_other_models_push_over_the_brink_has_no_cost(on_tpus):
+    program, compiled, mesh, topology = on_tpus("score hindsight")
     fits = read(program, compiled, mesh, 1e9, topology)
     tight = dataclasses.replace(fits, usable=fits.needs - 1)
     assert fits.chip_hours > 0 and not tight.fits and np.isnan(tight.chip_hours)

@@ -21,6 +21,11 @@ from heal_jax.errors import InputError, RunError
 from heal_jax.problems import worker
 from heal_jax.progress import Progress
 
+# glibc gives a buffer back to the system when it is freed, and the next step's is made of new pages. Keeping it saves a
+# fifth of an arm's time; it can be said at a process's start alone.
+KEEP = {"ARENA_MAX": "1", "MMAP_MAX_": "0", "TRIM_THRESHOLD_": "100000000000", "TOP_PAD_": "67108864"}
+MALLOC = {f"MALLOC_{name}": value for name, value in KEEP.items()}
+
 Submit = Callable[..., "Future[Any]"]
 Child = tuple["subprocess.Popen[bytes]", Connection]
 
@@ -34,7 +39,7 @@ def opened(count: int, progress: Progress) -> Iterator[Submit]:
     if count == 1:
         yield lambda f, *args: _here(f, *args, progress)
         return
-    children: list[Child] = [worker.start("heal_jax.ablate.jobs", "work") for _ in range(count)]
+    children: list[Child] = [worker.start("heal_jax.ablate.jobs", "work", MALLOC) for _ in range(count)]
     free: queue.SimpleQueue[Child] = queue.SimpleQueue()
     for i, child in enumerate(children):
         child[1].send((i, count))

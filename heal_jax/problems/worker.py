@@ -8,15 +8,19 @@ import multiprocessing
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from multiprocessing.connection import Connection
 
 FIXED = {"PYTHONHASHSEED": "0", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 
 
-def start(module: str, function: str) -> tuple["subprocess.Popen[bytes]", Connection]:
+def start(
+    module: str, function: str, defaults: Mapping[str, str] | None = None
+) -> tuple["subprocess.Popen[bytes]", Connection]:
     """Call module.function(connection) in a new process; returns the process and our end of the connection.
 
-    The child finds its end closed when we are gone, so it ends with us when it next reads. What it prints is dropped.
+    defaults: environment variables, each where ours has none of the name. The child finds its end closed when we are
+    gone, so it ends with us when it next reads. What it prints is dropped.
     """
     ours, theirs = multiprocessing.Pipe()
     code = (
@@ -29,7 +33,7 @@ def start(module: str, function: str) -> tuple["subprocess.Popen[bytes]", Connec
         process = subprocess.Popen(
             [sys.executable, "-c", code],
             pass_fds=[theirs.fileno()],
-            env={**os.environ, **FIXED},
+            env={**(defaults or {}), **os.environ, **FIXED},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
