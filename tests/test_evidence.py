@@ -13,12 +13,12 @@ ROOT = Path(__file__).parents[1]
 WORLDS = ("sums", "rewriting", "legs")  # with all arms and measures
 EVERY = (*WORLDS, "smollm2")
 STUDENTS = {
-    "sums-base": "`sums`, 0.3 M, a quarter of its pretraining",
-    "sums": "`sums`, 0.3 M",
+    "sums-base": "`sums`, 0.4 M, a quarter of its pretraining",
+    "sums": "`sums`, 0.4 M",
     "sums-large": "`sums`, 0.8 M",
-    "sums-tuned": "`sums`, 0.3 M, tuned",
-    "rewriting": "`rewriting`, 0.3 M",
-    "legs": "`legs`, 0.3 M",
+    "sums-tuned": "`sums`, 0.4 M, tuned",
+    "rewriting": "`rewriting`, 0.4 M",
+    "legs": "`legs`, 0.4 M",
 }
 RULES = {
     "difference, window 1/3, backup 1": "**surge (difference), window 1/3, one step back**",
@@ -42,6 +42,7 @@ READINGS = {
     "without the answer": "without the answer step",
     "perplexity": "perplexity alone",
     "PPL / (U after + 0.01)": "U, the answer's certainty after a step, epsilon 0.01",
+    "PPL / (U after + 1)": "U after a step, epsilon 1",
     "PPL / (U before + 1)": "U before a step, epsilon 1",
     "log-likelihood": "mean log-likelihood",
     "length": "length",
@@ -82,6 +83,18 @@ def teachers(found: dict[str, dict[str, Any]]) -> str:
     heads = ["", "at most 1 right", "unsolved", "repairs right", "problems with a kept repair", "teacher",
              "student before", "rejection sampling", "HEAL"]  # fmt: skip
     return table(heads, rows)
+
+
+def spread(found: dict[str, dict[str, Any]]) -> str:
+    """HEAL minus rejection sampling: of each seed, and were held-out problems of the levels that training's are of."""
+    rows = []
+    for name, of in found.items():
+        difference, counts = of["arms"]["heal"]["difference"], of["config"]["problems"]["counts"]
+        levels = difference["per_level"]
+        mixed = sum(count * levels[level]["mean"] for level, count in counts.items()) / sum(counts.values())
+        by_seed = ", ".join(f"{100 * x:+.1f}" for x in difference["per_seed"])
+        rows.append([f"`{name}`", interval(difference), by_seed, f"{100 * mixed:+.1f}"])
+    return table(["HEAL minus rejection sampling", "", "by seed", "in training's mix of levels"], rows)
 
 
 def arms(found: dict[str, dict[str, Any]], key: str, head: str) -> str:
@@ -199,6 +212,7 @@ def tables() -> dict[str, str]:
     found = {name: every[name] for name in WORLDS}
     return {
         "teachers": teachers(every),
+        "spread": spread(found),
         "arms": arms(every, "difference", "minus rejection sampling"),
         "worth": arms(every, "heal_minus", "HEAL minus"),
         "levels": parts(found, "per_level"),
@@ -216,7 +230,7 @@ def made():
     return tables()
 
 
-NAMES = ("teachers", "arms", "worth", "levels", "costs", "cuts", "planted", "kept", "hints", "students")
+NAMES = ("teachers", "spread", "arms", "worth", "levels", "costs", "cuts", "planted", "kept", "hints", "students")
 
 
 @pytest.mark.parametrize("name", NAMES)
