@@ -180,6 +180,7 @@ class Batch(NamedTuple):
 
 
 READ = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)  # from memory: more threads only wait for each other
+FEW = 32  # examples; Grain's shuffle takes milliseconds for each of fewer (ten of two, a tenth of 500)
 BINS = 256  # rows that are open for an example at once; 64 leave up to a tenth of the slots empty
 
 
@@ -208,9 +209,8 @@ def batches(
             "example": np.full(count, index, np.int32),
         }
 
-    order = grain.MapDataset.source(range(len(examples))).seed(seed).shuffle().repeat().map(features)
     packed = grain.experimental.FirstFitPackIterDataset(
-        order.to_iter_dataset(READ),
+        _order(len(examples), seed).map(features).to_iter_dataset(READ),
         length_struct={"tokens": length, "mask": length, "example": length},
         num_packing_bins=BINS,
         shuffle_bins=False,
@@ -218,6 +218,15 @@ def batches(
         padding_struct={"tokens": pad_id, "mask": False, "example": -1},
     ).batch(rows)
     return iter(grain.experimental.ThreadPrefetchIterDataset(packed, prefetch_buffer_size=2))
+
+
+def _order(count: int, seed: int) -> grain.MapDataset[int]:
+    """Endless indices below count: in each epoch all of them, in a new order. Below FEW orders come again after 4096
+    indices."""
+    if count >= FEW:
+        return grain.MapDataset.source(range(count)).seed(seed).shuffle().repeat()
+    rng = np.random.default_rng(seed)
+    return grain.MapDataset.source([i for _ in range(4096 // count) for i in rng.permutation(count).tolist()]).repeat()
 
 
 def filled_up(batch: Batch, rows: int) -> Batch:
