@@ -180,7 +180,7 @@ class Batch(NamedTuple):
 
 
 READ = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)  # from memory: more threads only wait for each other
-FEW = 32  # examples; Grain's shuffle takes milliseconds for each of fewer (ten of two, a tenth of 500)
+FEW = 16  # examples; Grain's shuffle takes milliseconds for each of fewer (ten of two, a tenth of 500)
 BINS = 256  # rows that are open for an example at once; 64 leave up to a tenth of the slots empty
 
 
