@@ -265,7 +265,7 @@ def _enter(
         "device": {"kind": jax.devices()[0].device_kind, "count": jax.device_count(), "processor": processor()},
         "processes": processes.count(),
         "mesh": dict(mesh.shape),
-        "threads": int(os.environ.get("NPROC", os.cpu_count() or 1)),
+        "threads": threads(),
     }
     begun = {name: directory.manifest[name] for name in circumstances if name in directory.manifest}
     if not begun:
@@ -283,6 +283,13 @@ def _holds(path: Path, text: str) -> bool:
 
 def _versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def threads() -> int:
+    """XLA's on a CPU: those of NPROC, or the processors that this process may use. Rounding differs by their number."""
+    if given := os.environ.get("NPROC"):
+        return int(given)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def processor() -> str:

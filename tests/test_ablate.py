@@ -5,7 +5,10 @@ import io
 import json
 import os
 import shutil
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -17,7 +20,7 @@ from rich.console import Console
 from scipy.stats import mannwhitneyu
 
 from heal_jax import gear
-from heal_jax.ablate import cuts, shortcuts
+from heal_jax.ablate import cuts, run, shortcuts
 from heal_jax.ablate.arms import ARMS, BASELINE, chosen
 from heal_jax.ablate.page import in_terminal
 from heal_jax.bootstrap import crossed
@@ -56,14 +59,14 @@ def samples(root: Path, model: str) -> list[dict]:
 
 def test_heal_and_its_baseline_are_those_of_heal_run(ablated, tiny):
     """The same tokens of the same students."""
-    out, run = ablated[0], tiny[0]
+    out, alone = ablated[0], tiny[0]
     for arm, model in (("heal", "heal"), (BASELINE, "rejection_sampling")):
-        mine, theirs = samples(out / "seed0" / arm, "heal"), samples(run, model)
+        mine, theirs = samples(out / "seed0" / arm, "heal"), samples(alone, model)
         assert [row["tokens"] for row in mine] == [row["tokens"] for row in theirs]
     for model in ("teacher", "student_base"):
-        assert samples(out / "seed0" / "teacher", model) == samples(run, model)
+        assert samples(out / "seed0" / "teacher", model) == samples(alone, model)
     made = found(out)["arms"]["heal"]
-    summary = json.loads((run / "summary.json").read_text())
+    summary = json.loads((alone / "summary.json").read_text())
     first = RunDirectory(out / "seed0" / "heal").manifest["stages"]
     assert first["curate"]["stages"] == summary["stages"]
     assert first["train"]["heal"] == summary["training"]["heal"]
@@ -346,3 +349,25 @@ def test_measured_on_the_tiny_run(ablated):
     assert set(said["planted"]["auc"]["default"]) == set(shortcuts.KINDS)
     assert said["planted"]["auc"]["default"]["replaced"]["mean"] > 0.9  # this teacher's answers come at the end
     assert {"thresholds", "hindsight", "repair"} <= set(said["natural"])
+
+
+@pytest.mark.parametrize("first", [0, -1])
+def test_arms_that_are_done_before_the_baseline_wait_for_it(tmp_path, monkeypatch, first):
+    """Two at a time, of which the older or the newer one is always done first."""
+
+    class Later:
+        def __init__(self, f, *args):
+            self.result = partial(f, *args)
+
+    asked = []
+    monkeypatch.setattr(run, "opened", lambda *_: nullcontext(Later))
+    monkeypatch.setattr(run, "wait", lambda running, **_: SimpleNamespace(done=[list(running)[first]]))
+    monkeypatch.setattr(run.seeds, "shared", lambda *_: {"means": {"student_base": []}})
+    monkeypatch.setattr(run.seeds, "one", lambda config, arm, *_: arm.name)
+    monkeypatch.setattr(run, "ablation", lambda config, problems, arms, teachers, made: asked.append(made) or {})
+    monkeypatch.setattr(run, "_together", lambda jobs: None)
+    monkeypatch.setattr(run, "_write", lambda *_: None)
+    arms = chosen(["heal", "no_pure"])
+    run.ablate(load(TINY), arms, 2, tmp_path / "out", Progress(quiet=True), jobs=2)
+    assert len(asked) > 1 and all(BASELINE in made and made[BASELINE] for made in asked)
+    assert asked[-1] == {arm.name: [arm.name] * 2 for arm in arms}

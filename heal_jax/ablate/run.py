@@ -12,7 +12,7 @@ import jax
 
 from heal_jax import processes
 from heal_jax.ablate import seed as seeds
-from heal_jax.ablate.arms import Arm
+from heal_jax.ablate.arms import BASELINE, Arm
 from heal_jax.ablate.jobs import opened
 from heal_jax.ablate.page import FILE, write_page
 from heal_jax.ablate.results import ablation
@@ -47,6 +47,7 @@ def ablate(
         parts.sort(key=lambda which: which[1] != TEACHER)  # what else waits for
     done: dict[tuple[int, int], Any] = {}
     fuller = (out / FILE).is_file()
+    baseline = [arm.name for arm in arms].index(BASELINE)
 
     def call(number: int, part: int) -> Sequence[Any]:
         each, folder = of_seed[number], folders[number]
@@ -86,7 +87,7 @@ def ablate(
                     progress.say(f"{named(*which)}: done, {len(done)} of {total}")
                 # Later seeds make means over more seeds only when all arms have them; what an earlier call wrote has
                 # more.
-                if number == 0 and part >= 0 and not fuller:
+                if number == 0 and part >= 0 and (0, baseline) in done and not fuller:
                     write(1)
     return write(count)
 
