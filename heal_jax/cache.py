@@ -18,7 +18,7 @@ import jax
 
 from heal_jax import storage
 from heal_jax.errors import InputError
-from heal_jax.run import processor
+from heal_jax.processors import processor
 
 # A run of the built-in models leaves 1 MB, one of large models up to some hundred; then the oldest go.
 MAX_BYTES = 1 << 30

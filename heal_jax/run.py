@@ -33,6 +33,7 @@ from heal_jax.model.weights import check as check_weights
 from heal_jax.problems import hygiene
 from heal_jax.problems.grading import Grade, Grader
 from heal_jax.problems.sources import Problem, load
+from heal_jax.processors import processor, threads
 from heal_jax.progress import Progress
 from heal_jax.sets import load_sets, place
 from heal_jax.shapes import positions, train_rows
@@ -283,23 +284,6 @@ def _holds(path: Path, text: str) -> bool:
 
 def _versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in PACKAGES}
-
-
-def threads() -> int:
-    """XLA's on a CPU: those of NPROC, or the processors that this process may use. Rounding differs by their number."""
-    if given := os.environ.get("NPROC"):
-        return int(given)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def processor() -> str:
-    """The processor's model name: rounding may differ between types."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text(errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def plain_prompts(config: Config, tokenizer: Tokenizer, problems: Sequence[Problem]) -> dict[str, tuple[int, ...]]:

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from compare import metrics
 from conftest import TINY, refused, start
 from hypothesis import given
 from hypothesis import strategies as st
@@ -65,6 +66,10 @@ def test_heal_and_its_baseline_are_those_of_heal_run(ablated, tiny):
         assert [row["tokens"] for row in mine] == [row["tokens"] for row in theirs]
     for model in ("teacher", "student_base"):
         assert samples(out / "seed0" / "teacher", model) == samples(alone, model)
+    losses = [
+        [line["loss"] for line in metrics(root) if line["model"] == "heal"] for root in (out / "seed0/heal", alone)
+    ]
+    assert losses[0] == losses[1] != []
     made = found(out)["arms"]["heal"]
     summary = json.loads((alone / "summary.json").read_text())
     first = RunDirectory(out / "seed0" / "heal").manifest["stages"]

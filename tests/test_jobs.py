@@ -10,12 +10,13 @@ import pytest
 
 from heal_jax.ablate import jobs
 from heal_jax.errors import InputError, RunError
+from heal_jax.processors import usable
 from heal_jax.progress import Progress
 
 
 def where(waited, progress):
     time.sleep(waited)
-    return os.getpid(), jobs.processors()
+    return os.getpid(), usable()
 
 
 def wrong(kind, progress):
@@ -40,8 +41,8 @@ def test_children_share_the_processors_and_work_at_the_same_time():
     pids = {pid for pid, _ in made}
     assert len(pids) == 2 and os.getpid() not in pids
     shares = {pid: set(share) for pid, share in made}
-    if len(jobs.processors()) > 1:
-        assert set.union(*shares.values()) == set(jobs.processors()) and not set.intersection(*shares.values())
+    if len(usable()) > 1:
+        assert set.union(*shares.values()) == set(usable()) and not set.intersection(*shares.values())
     assert not any(map(lives, pids))
 
 

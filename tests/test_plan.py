@@ -331,7 +331,7 @@ def test_float32_is_planned_as_it_runs(small):
     """Six bfloat16 passes of the matrix unit through every product, as the compiled program says."""
     floats = {name: dataclasses.replace(getattr(small, name), dtype="float32") for name in ("teacher", "student")}
     found, mesh, topology = on_slice(dataclasses.replace(small, **floats))
-    program = named(found, "score hindsight")
+    program = named(found, "train")
     compiled = program.lower(mesh).compile()
     products = re.findall(r" convolution\(.*", compiled.as_text())
     assert products and all("operand_precision={highest,highest}" in line for line in products)

@@ -20,12 +20,17 @@ from typing import Any
 
 from heal_jax.errors import InputError, RunError
 from heal_jax.problems import worker
+from heal_jax.processors import threads, usable
 from heal_jax.progress import Progress
 
 # glibc gives a buffer back to the system when it is freed, and the next step's is made of new pages. Keeping it saves a
 # quarter of an arm's time (126 s, 97 s); it can be said at a process's start alone.
-KEEP = {"ARENA_MAX": "1", "MMAP_MAX_": "0", "TRIM_THRESHOLD_": "100000000000", "TOP_PAD_": "67108864"}
-MALLOC = {f"MALLOC_{name}": value for name, value in KEEP.items()}
+MALLOC = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "100000000000",
+    "MALLOC_TOP_PAD_": "67108864",
+}
 
 Submit = Callable[..., "Future[Any]"]
 Child = tuple["subprocess.Popen[bytes]", Connection]
@@ -75,11 +80,6 @@ def opened(count: int, progress: Progress) -> Iterator[Submit]:
                     connection.close()
 
 
-def processors() -> list[int]:
-    """What this process may run on; empty where the system does not tell."""
-    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-
-
 def _here(f: Callable[..., Any], *args: Any) -> "Future[Any]":
     future: Future[Any] = Future()
     future.set_result(f(*args))
@@ -92,9 +92,8 @@ def work(connection: Connection) -> None:
     threading.Thread(target=_ends_with, args=(os.getppid(),), daemon=True).start()
     with contextlib.suppress(EOFError):
         index, count = connection.recv()
-        every = processors()
-        os.environ.setdefault("NPROC", str(len(every) or os.cpu_count() or 1))  # rounding differs by XLA's threads
-        if mine := every[index::count]:
+        os.environ["NPROC"] = str(threads())  # as many as without --jobs
+        if (mine := usable()[index::count]) and hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, mine)
         from heal_jax import cache, hush
 

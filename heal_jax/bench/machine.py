@@ -6,7 +6,6 @@ import os
 import platform
 import statistics
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from heal_jax import processors
 from heal_jax.bench.timing import Side, timed
 from heal_jax.errors import InputError
 from heal_jax.model.decoder import Model
@@ -27,14 +27,13 @@ AT_ONCE = (
 
 def threads() -> int:
     """Threads that every side gets: the cores this process may use, or NPROC, which JAX heeds, too."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, int(os.environ.get("NPROC") or cores))
+    return min(len(processors.usable()), processors.threads())
 
 
 def describe() -> dict[str, Any]:
     """Processor, device, cores, memory, load, versions."""
     return {
-        "processor": _processor(),
+        "processor": processors.processor(),
         "device": jax.devices()[0].device_kind,
         "platform": jax.default_backend(),
         "system": platform.platform(),
@@ -51,13 +50,6 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def bandwidth(size: int = READ_BYTES, repeats: int = 5) -> dict[str, float]:
