@@ -9,6 +9,7 @@ import dataclasses
 import json
 import shutil
 import threading
+import time
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -24,6 +25,7 @@ from heal_jax.store import digest, file_sha256, remove, set_aside, write_json
 
 KEEP = 2  # checkpoints: the latest, and the one before in case the latest is damaged
 WRITE_SECONDS = 600  # for a checkpoint; longer, and the training ends with an error
+REASON_SECONDS = 20  # in which the process that could not write can say why, before those end that waited for it
 DEV = "dev.json"  # step -> accuracy on the dev problems
 SUMS = "sha256.json"  # file -> checksum
 _COMMITTED = "commit_success.txt"  # Orbax's
@@ -134,6 +136,8 @@ def _writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
+        if isinstance(error, TimeoutError) and count() > 1:
+            time.sleep(REASON_SECONDS)
         reason = " ".join(str(error).split())[:300]
         raise RunError(f"{folder}: a checkpoint cannot be written ({reason}); start again: it goes on") from error
 
