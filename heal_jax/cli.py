@@ -114,7 +114,7 @@ def _outcome(argv: list[str], progress: Progress) -> tuple[int, str]:
 
 
 def _stopped(argv: list[str], status: int) -> tuple[int, str]:
-    goes_on = f"; {signals.GOES_ON}" if argv[0] in {"run", *STAGES} else ""
+    goes_on = f"; {signals.GOES_ON}" if argv[0] in {"run", "ablate", *STAGES} else ""
     return status, f"{signals.name(status - 128)}{goes_on}"
 
 

@@ -28,7 +28,7 @@ from heal_jax.rollout.sampling import rules
 from heal_jax.rollout.thinking import opening, thinking_steps
 from heal_jax.run import Run, hindsight_question, hint_text
 from heal_jax.shapes import Shape, bucket, hindsight_shape, repair_shape, sample_shape, score_shape
-from heal_jax.store import PROBLEMS, write_table
+from heal_jax.store import PROBLEMS, digest, write_table
 from heal_jax.tally import Tally
 from heal_jax.world.check import first_wrong_step
 from heal_jax.world.worlds import world_of
@@ -98,6 +98,16 @@ def sample_more(run: Run, budgets: Mapping[str, int]) -> None:
         units += [(problem, 1 + i) for i in range(blocks)]
     longest = longest_prompt(run)
     shape = sample_shape(run.config, len(run.problems), longest)
+
+    def planned() -> dict[str, Any]:
+        """Budgets that are others than before deal the blocks to other shards."""
+        blocks = digest([[problem.id, number] for problem, number in units])
+        if run.directory.manifest.get("more", blocks) != blocks:
+            run.directory.forget("curate", shards=lambda name: MORE in name)
+        run.directory.update(more=blocks)
+        return run.directory.manifest
+
+    run.directory.manifest = processes.once(planned)
 
     def group(unit: tuple[Problem, int]) -> Group:
         problem, number = unit

@@ -2,7 +2,10 @@
 
 import os
 import platform
+import re
 from pathlib import Path
+
+from heal_jax.errors import InputError
 
 
 def usable() -> list[int]:
@@ -11,8 +14,14 @@ def usable() -> list[int]:
 
 
 def threads() -> int:
-    """XLA's on a CPU: NPROC, or one a usable processor. Rounding differs by their number."""
-    return int(os.environ.get("NPROC") or len(usable()))
+    """XLA's on a CPU: PJRT_NPROC or NPROC, or one a usable processor. Rounding differs by their number. Raises
+    InputError where a variable is no number above zero."""
+    for name in ("PJRT_NPROC", "NPROC"):
+        if given := os.environ.get(name):
+            if not re.fullmatch("[1-9][0-9]{0,5}", given):
+                raise InputError(f"{name}={given}: a number of threads is expected, 1 or more")
+            return int(given)
+    return len(usable())
 
 
 def processor() -> str:

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from scipy.stats import mannwhitneyu
 
-from heal_jax import gear
+from heal_jax import collect, gear
 from heal_jax.ablate import cuts, run, shortcuts
 from heal_jax.ablate.arms import ARMS, BASELINE, chosen
 from heal_jax.ablate.page import in_terminal
@@ -85,7 +85,9 @@ def test_rollouts_are_paid_for_once(ablated):
         for arm in chosen(ASKED.split(",")):
             shared = ["base", *(kind for kind in arm.aided if kind != "repair" or not arm.own_repairs)]
             for kind in shared:
-                for source in (folder / "teacher" / "rollouts").glob(f"{kind}-0*.parquet"):
+                sources = list((folder / "teacher" / "rollouts").glob(f"{kind}-0*.parquet"))
+                assert sources
+                for source in sources:
                     assert os.path.samefile(source, folder / arm.name / "rollouts" / source.name)
             assert not (folder / arm.name / "checkpoints").exists()
     own = RunDirectory(out / "seed0" / "hint_plain").rollouts("repair")
@@ -194,6 +196,42 @@ def test_the_same_command_makes_nothing_again(ablated):
     assert "heal" in stdout and "equal_tokens" in stdout
 
 
+def test_without_arms_what_is_measured_is_there(ablated, tmp_path):
+    """What was measured before is not measured again, unless the rollouts are others."""
+    out = tmp_path / "out"
+    shutil.copytree(ablated[0], out)
+    measures = out / "seed0" / "teacher" / "measures.json"
+    known = json.loads(measures.read_text())
+    measures.write_text(json.dumps(known | {"planted": "as it was"}))
+    command = ["ablate", TINY, "--out", out, "--arms", "none", "--measure"]
+    for of, planted in ((known["of"], "as it was"), ("others", found(ablated[0])["planted"])):
+        measures.write_text(json.dumps(json.loads(measures.read_text()) | {"of": of}))
+        process = start(*command)
+        _, stderr = process.communicate()
+        assert process.returncode == 0, stderr
+        assert found(out)["arms"] == {} and found(out)["planted"] == planted
+    assert found(out)["cuts"] == found(ablated[0])["cuts"]
+
+
+def test_more_samples_than_before_are_dealt_anew(tmp_path, monkeypatch):
+    """A budget that is another one puts other blocks into each shard."""
+    directory, config = RunDirectory(tmp_path), load(TINY)
+    n = config.sample.n
+    rows = [{"problem_id": "p", "rollout_id": f"p/base/{i}/s0", "kind": "base", "tokens": [1] * 10} for i in range(n)]
+    directory.shard("rollouts/base-00000", lambda: rows)
+    asked = SimpleNamespace(config=config, directory=directory, problems=[SimpleNamespace(id="p")])
+    monkeypatch.setattr(collect, "longest_prompt", lambda run: 32)
+
+    def shards(run, kind, units, *_):
+        made = [rows[0] | {"rollout_id": f"p/base/{number * n}/s0"} for _, number in units]
+        run.directory.shard(f"rollouts/{collect.MORE}-00000", lambda: made)
+
+    monkeypatch.setattr(collect, "_shards", shards)
+    for blocks in (1, 1, 3, 2):
+        collect.sample_more(asked, {"p": 10 * n * blocks})
+        assert directory.read(f"rollouts/{collect.MORE}-00000").num_rows == blocks
+
+
 def test_the_page_has_the_arms_and_what_was_measured(ablated):
     page = (ablated[0] / "report.html").read_text()
     for words in ("What is each part worth?", "Is entropy informative", "Does PURE separate?", "hint_left_in"):
@@ -226,6 +264,9 @@ def test_bad_arguments_are_one_line(tmp_path, capsys):
         "problems: {counts: {easy: 1}}\n"
     )
     assert "evaluate.dev" in refused(capsys, "ablate", dev, *out)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "manifest.json").write_text("{}")
+    assert "the directory of a run" in refused(capsys, "ablate", TINY, "--out", tmp_path / "run")
     assert not (tmp_path / "x").exists()
 
 
@@ -317,6 +358,20 @@ def test_rules_of_cutting(chain):
             assert int(np.argmax(chosen_cut)) == max(0, int(at[0]) - backup)
     where = cuts.located([one], cuts.rules_of_cutting()["random, window 1, backup 0"])
     assert sum(where.values()) == pytest.approx(1) and min(where.values()) > -1e-9
+
+
+def test_certainty_after_a_step_is_that_of_a_step():
+    """Where a text has other paragraphs than steps, as after a thinking part, there is none."""
+    ppl, certainty = np.array([3.0, 2.0, 1.5, 1.0]), np.array([0.5, 0.25, 0.125, 0.1])
+    named = shortcuts.readings(0.1, 0.5)
+
+    def read(name: str, known: int) -> float:
+        return named[name](shortcuts.Text(ppl, ppl, -1.0, 9, certainty[:known]))
+
+    after, before = ppl[:3] / (certainty[:3] + 1), ppl[1:3] / (certainty[:2] + 1)
+    assert read("PPL / (U after + 1)", 3) == pytest.approx((after.mean() + after.max()) / 2)
+    assert read("PPL / (U before + 1)", 3) == pytest.approx((before.mean() + before.max()) / 2)
+    assert np.isnan([read(name, 4) for name in named if name.startswith("PPL / (U")]).all()
 
 
 def test_yields_are_sums_over_sums():

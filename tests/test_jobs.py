@@ -1,5 +1,6 @@
 """Work of several processes: values, errors, deaths, processors, and the end of the parent."""
 
+import io
 import os
 import subprocess
 import sys
@@ -7,10 +8,13 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import TINY, refused
+from rich.console import Console
 
+from heal_jax import signals
 from heal_jax.ablate import jobs
 from heal_jax.errors import InputError, RunError
-from heal_jax.processors import usable
+from heal_jax.processors import threads, usable
 from heal_jax.progress import Progress
 
 
@@ -21,6 +25,20 @@ def where(waited, progress):
 
 def wrong(kind, progress):
     raise kind("x: not so")
+
+
+def says(line, progress):
+    progress.say(line)
+
+
+def saves(path, progress):
+    """Told to end, as a training is that saves a checkpoint."""
+    path.write_text("begun")
+    try:
+        time.sleep(600)
+    except signals.Stopped:
+        path.write_text("saved")
+        raise
 
 
 def dies(status, progress):
@@ -64,6 +82,34 @@ def test_errors_are_those_of_the_work(capfd):
         with pytest.raises(RunError, match=r"exit status 3.*fewer --jobs"):
             submit(dies, 3).result(60)
         assert submit(where, 0).result(60)[0] != os.getpid()  # the other one
+
+
+def test_what_children_say_is_said():
+    console = Console(file=io.StringIO())
+    with jobs.opened(2, Progress(console)) as submit:
+        submit(says, "note: damaged; set aside").result(60)
+    assert console.file.getvalue().splitlines() == ["note: damaged; set aside"]
+
+
+def test_children_that_are_to_end_save_what_they_have(tmp_path):
+    path = tmp_path / "state"
+    with jobs.opened(2, Progress(quiet=True)) as submit:
+        submit(saves, path)
+        while not path.is_file() or not path.read_text():
+            time.sleep(0.05)
+    assert path.read_text() == "saved"
+
+
+@pytest.mark.parametrize("given", ["two", "0", "-1", "1.5"])
+def test_threads_that_make_no_sense(monkeypatch, capsys, tmp_path, given):
+    monkeypatch.delenv("PJRT_NPROC", raising=False)
+    monkeypatch.setenv("NPROC", "3")
+    assert threads() == 3
+    monkeypatch.setenv("PJRT_NPROC", "2")  # XLA asks for this one first
+    assert threads() == 2
+    monkeypatch.setenv("PJRT_NPROC", given)
+    said = refused(capsys, "ablate", TINY, "--out", tmp_path / "out", "--jobs", "2")
+    assert f"PJRT_NPROC={given}: a number of threads" in said and not (tmp_path / "out").exists()
 
 
 def test_children_end_with_a_parent_that_is_killed():

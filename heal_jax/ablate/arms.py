@@ -48,11 +48,12 @@ ARMS = (
     ),
     Arm(
         "rationalisation",
-        "stage 1, then the first right rollout of each hard problem with the answer in its prompt (after STaR)",
+        "stage 1, then the first right rollouts (pace.per_problem) of each hard problem with the answer in its prompt "
+        "(after STaR)",
         Variant(stages=(1, 2), pure=False),
     ),
     Arm(WHOLE, "all three stages"),
-    Arm("no_pure", "whatever reaches the answer, the first by index", Variant(pure=False)),
+    Arm("no_pure", "whatever reaches the answer and leaks no hint, the first by index", Variant(pure=False)),
     Arm("random_breakpoint", "cut at random in the same window", settings={"gear.breakpoint": "random"}),
     Arm("whole_chain", "the breakpoint anywhere: window 1", settings={"gear.window": 1.0}),
     Arm("no_backup", "cut right before the surge", settings={"gear.backup": 0}),

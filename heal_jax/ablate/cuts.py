@@ -46,9 +46,10 @@ class Cuts:
 
 
 def decode(run: Run, paths: int, repeats: int) -> list[Cuts]:
-    """`repeats` continuations from every cut of the first `paths` failed rollouts of each unsolved problem. What a
-    batch comes to is kept in cuts-N.json of the run's directory until `forget`.
+    """`repeats` continuations (or as many as a batch has rows) from every cut of the first `paths` failed rollouts of
+    each unsolved problem. What a batch comes to is kept in cuts-N.json of the run's directory until `forget`.
     """
+    repeats = min(repeats, run.config.sample.batch)
     taken: dict[str, list[Path]] = {}
     for path in failed_paths(run):
         several = taken.setdefault(path.problem.id, [])

@@ -18,6 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from typing import Any
 
+from heal_jax import signals
 from heal_jax.errors import InputError, RunError
 from heal_jax.problems import worker
 from heal_jax.processors import threads, usable
@@ -39,45 +40,65 @@ Child = tuple["subprocess.Popen[bytes]", Connection]
 @contextlib.contextmanager
 def opened(count: int, progress: Progress) -> Iterator[Submit]:
     """A function that calls another one (of a module; its result and arguments can be pickled) as f(*args, progress):
-    in one of `count` child processes, or here and at once where that is 1. Errors are those of f. Raises RunError where
-    a child dies. On the way out, children end in the middle of their work.
+    in one of `count` child processes, or here and at once where that is 1. Errors are those of f, and what it says is
+    said here. Raises RunError where a child dies. On the way out, children end in the middle of their work, as after
+    SIGTERM: a training saves a checkpoint.
     """
     if count == 1:
         yield lambda f, *args: _here(f, *args, progress)
         return
-    children: list[Child] = [worker.start("heal_jax.ablate.jobs", "work", MALLOC) for _ in range(count)]
+    children: list[Child] = []
     free: queue.SimpleQueue[Child] = queue.SimpleQueue()
-    for i, child in enumerate(children):
-        child[1].send((i, count))
-        free.put(child)
 
     def call(f: Callable[..., Any], *args: Any) -> Any:
         process, connection = child = free.get()
         try:
             connection.send((f, args))
-            value, error, trace = connection.recv()
+            value, error, trace, said = connection.recv()
         except (EOFError, OSError):
             raise RunError(
                 f"a process of --jobs died (exit status {process.wait()}; -9 is mostly for want of memory); the same "
                 "command with fewer --jobs goes on"
             ) from None
         free.put(child)
+        for line in said:
+            progress.say(line)
         if trace:
             print(trace, file=sys.stderr)
         if error is not None:
             raise error
         return value
 
-    with ThreadPoolExecutor(count) as threads:
+    with ThreadPoolExecutor(count) as callers:
         try:
-            yield lambda f, *args: threads.submit(call, f, *args)
+            for i in range(count):
+                children.append(child := worker.start("heal_jax.ablate.jobs", "work", MALLOC))
+                child[1].send((i, count))
+                free.put(child)
+            yield lambda f, *args: callers.submit(call, f, *args)
         finally:
             for process, _ in children:
+                process.terminate()
+            deadline = time.monotonic() + signals.GRACE - 1  # ours may run as well
+            for process, _ in children:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(max(0.0, deadline - time.monotonic()))
                 process.kill()
                 process.wait()
             for _, connection in children:
                 with contextlib.suppress(OSError):
                     connection.close()
+
+
+class _Told(Progress):
+    """Keeps the lines that stay, for the parent to say."""
+
+    def __init__(self) -> None:
+        super().__init__(quiet=True)
+        self.lines: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
 
 
 def _here(f: Callable[..., Any], *args: Any) -> "Future[Any]":
@@ -88,28 +109,34 @@ def _here(f: Callable[..., Any], *args: Any) -> "Future[Any]":
 
 def work(connection: Connection) -> None:
     """A child's life: calls what it is sent, and ends with its parent."""
+    signals.install()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
     threading.Thread(target=_ends_with, args=(os.getppid(),), daemon=True).start()
-    with contextlib.suppress(EOFError):
-        index, count = connection.recv()
-        os.environ["NPROC"] = str(threads())  # as many as without --jobs
-        if (mine := usable()[index::count]) and hasattr(os, "sched_setaffinity"):
-            os.sched_setaffinity(0, mine)
-        from heal_jax import cache, hush
+    try:
+        _serve(connection)
+    except (EOFError, signals.Stopped):
+        os._exit(0)  # the interpreter's own end would wait for threads of libraries
 
-        hush()
-        progress = Progress(quiet=True)
-        cache.enable(progress.say)
-        while True:
-            f, args = connection.recv()
-            value, error, trace = None, None, ""
-            try:
-                value = f(*args, progress)
-            except (InputError, RunError, OSError) as known:
-                error = known
-            except Exception as unknown:
-                error, trace = RunError(f"a process of --jobs failed ({unknown!r})"), traceback.format_exc()
-            connection.send((value, error, trace))
+
+def _serve(connection: Connection) -> None:
+    index, count = connection.recv()
+    os.environ["NPROC"] = str(threads())  # as many as without --jobs
+    if (mine := usable()[index::count]) and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, mine)
+    from heal_jax import cache, hush
+
+    hush()
+    cache.enable(lambda line: None)  # the parent has said it
+    while True:
+        f, args = connection.recv()
+        value, error, trace, progress = None, None, "", _Told()
+        try:
+            value = f(*args, progress)
+        except (InputError, RunError, OSError) as known:
+            error = known
+        except Exception as unknown:
+            error, trace = RunError(f"a process of --jobs failed ({unknown!r})"), traceback.format_exc()
+        connection.send((value, error, trace, progress.lines))
 
 
 def _ends_with(parent: int) -> None:

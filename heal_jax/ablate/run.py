@@ -1,6 +1,5 @@
 """All seeds and arms, one after another or some at a time; what is done is kept, and the same command goes on."""
 
-import contextlib
 import dataclasses
 import functools
 from collections.abc import Sequence
@@ -17,7 +16,8 @@ from heal_jax.ablate.jobs import opened
 from heal_jax.ablate.page import FILE, write_page
 from heal_jax.ablate.results import ablation
 from heal_jax.config import MAIN, Config
-from heal_jax.errors import InputError
+from heal_jax.errors import InputError, one_line
+from heal_jax.processors import threads
 from heal_jax.progress import Progress
 from heal_jax.sets import load_set
 from heal_jax.shapes import bucket
@@ -47,7 +47,7 @@ def ablate(
         parts.sort(key=lambda which: which[1] != TEACHER)  # what else waits for
     done: dict[tuple[int, int], Any] = {}
     fuller = (out / FILE).is_file()
-    baseline = [arm.name for arm in arms].index(BASELINE)
+    baseline = next((i for i, arm in enumerate(arms) if arm.name == BASELINE), None)  # "none" is without
 
     def call(number: int, part: int) -> Sequence[Any]:
         each, folder = of_seed[number], folders[number]
@@ -69,11 +69,11 @@ def ablate(
         }  # fmt: skip
         teachers = [done[n, TEACHER] for n in range(seeds_made)]
         found = ablation(config, problems, arms, teachers, made) | done.get((0, MEASURES), {})
-        processes.once(functools.partial(_write, out, found))
+        processes.once(functools.partial(_write, out, found, progress))
         return found
 
     running: dict[Future[Any], tuple[int, int]] = {}
-    with opened(jobs, progress) as submit:
+    with opened(min(jobs, total), progress) as submit:
         while parts or running:
             ready = [(number, part) for number, part in parts if part == TEACHER or (number, TEACHER) in done]
             for which in ready[: jobs - len(running)]:
@@ -87,25 +87,30 @@ def ablate(
                     progress.say(f"{named(*which)}: done, {len(done)} of {total}")
                 # Later seeds make means over more seeds only when all arms have them; what an earlier call wrote has
                 # more.
-                if number == 0 and part >= 0 and (0, baseline) in done and not fuller:
+                if number == 0 and part >= 0 and baseline is not None and (0, baseline) in done and not fuller:
                     write(1)
     return write(count)
 
 
 def _together(jobs: int) -> None:
+    threads()
     if jobs > 1 and (processes.count() > 1 or jax.default_backend() != "cpu"):
         raise InputError(f"--jobs {jobs}: for CPUs and a run of one process; leave it out here")
 
 
-def _write(out: Path, found: dict[str, Any]) -> None:
+def _write(out: Path, found: dict[str, Any], progress: Progress) -> None:
     write_json(out / FILE, found)
-    with contextlib.suppress(OSError):
+    try:
         write_page(out)
+    except Exception as error:  # a page is no reason to lose a run
+        progress.say(f"note: {out / 'report.html'}: not written ({one_line(error)})")
 
 
 def _comparable(config: Config, out: Path) -> None:
     if str(out).startswith("gs:"):
         raise InputError(f"--out {out}: arms share rollouts by links; give a folder on a disk")
+    if (out / "manifest.json").exists():
+        raise InputError(f"--out {out}: the directory of a run; give one of its own")
     if config.evaluate.dev.problems.source:
         raise InputError(
             "evaluate.dev: checkpoints that are chosen on dev problems favour arms of more stages; ablate without it"

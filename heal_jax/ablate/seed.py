@@ -29,7 +29,7 @@ from heal_jax.progress import Progress
 from heal_jax.run import Run, open_run
 from heal_jax.sets import draw_of
 from heal_jax.storage import place
-from heal_jax.store import RunDirectory, read_json, remove, write_json
+from heal_jax.store import RunDirectory, digest, read_json, remove, write_json
 from heal_jax.strict import override
 from heal_jax.world.worlds import world_of
 
@@ -117,9 +117,11 @@ def one(
 
 
 def measure(config: Config, folder: Path, progress: Progress) -> dict[str, Any]:
-    """Breakpoints and PURE, measured directly on the rollouts in `folder`; kept in measures.json there."""
-    if (path := folder / MEASURES).is_file():
-        return read_json(path)
+    """Breakpoints and PURE, measured directly on the rollouts in `folder`; kept in measures.json there, with
+    the checksum of the rollouts that they are of."""
+    path, of = folder / MEASURES, digest(RunDirectory(folder).manifest["shards"])
+    if path.is_file() and (known := read_json(path)).pop("of", None) == of:
+        return known
     with open_run(config, folder, progress, command="heal ablate --measure") as run:
         found: dict[str, Any] = {}
         if world_of(config.problems.source) is not None:
@@ -129,7 +131,7 @@ def measure(config: Config, folder: Path, progress: Progress) -> dict[str, Any]:
         with memory("repair"):
             found["planted"] = shortcuts.planted(run, ROLLOUTS, CERTAIN)
         found["natural"] = shortcuts.natural(run)
-        processes.once(functools.partial(write_json, path, found))
+        processes.once(functools.partial(write_json, path, found | {"of": of}))
         processes.once(functools.partial(cuts.forget, run))
     return found
 

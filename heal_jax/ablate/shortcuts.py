@@ -57,7 +57,9 @@ def readings(epsilon: float, weight: float) -> dict[str, Reading]:
         """PPL_k against U_k: after the step, or before it."""
         if text.certainty is None or len(text.certainty) < 2:
             return float("nan")
-        reasoning = text.ppl[: len(text.certainty)]  # what follows says the answer
+        reasoning = text.ppl[:-1][: len(text.certainty)]  # what follows says the answer
+        if len(reasoning) < len(text.certainty):  # paragraphs after a thinking part are no steps of their own
+            return float("nan")
         ppl = reasoning[1:] if before else reasoning
         known = text.certainty[:-1] if before else text.certainty
         return mixed(ppl / (known + add))
@@ -155,8 +157,9 @@ def _certainties(run: Run, solutions: Sequence[tuple[str, Sequence[str]]]) -> li
             owners.append(i)
     if not pairs:
         return [np.zeros(0) for _ in solutions]
+    rows = min(24, run.config.pure.batch)
     shape = ScoreShape(
-        24, 24, bucket(max(len(context) for context, _ in pairs)), bucket(max(len(said) for _, said in pairs))
+        rows, rows, bucket(max(len(context) for context, _ in pairs)), bucket(max(len(said) for _, said in pairs))
     )
     values = np.array([-float(np.mean(log_p)) for log_p, _ in score_texts(run.teacher, pairs, shape)])
     return [values[np.array(owners) == i] for i in range(len(solutions))]
