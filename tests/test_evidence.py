@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from heal_jax import config, strict
+
 ROOT = Path(__file__).parents[1]
 WORLDS = ("sums", "rewriting", "legs")  # with all arms and measures
 EVERY = (*WORLDS, "smollm2")
@@ -236,6 +238,23 @@ NAMES = ("teachers", "spread", "arms", "worth", "levels", "costs", "cuts", "plan
 @pytest.mark.parametrize("name", NAMES)
 def test_the_readme_has_the_table(made, name):
     assert made[name] in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_the_results_are_those_of_the_shipped_config(name):
+    path = ROOT / "configs" / ("ablate" if name in WORLDS else "") / f"{name}.yaml"
+    assert load(name)["config"] == json.loads(json.dumps(strict.to_dict(config.load(path))))
+
+
+def test_the_longer_run_of_legs():
+    """What the README says of it, and of how it was made."""
+    text, found = (ROOT / "README.md").read_text(encoding="utf-8"), load("legs-long")
+    settings = {"sample.batch": 240, "gear.paths": 6, "train.steps": 400, "evaluate.samples": 4}
+    assert " ".join(f"--{name} {value}" for name, value in settings.items()) in text
+    made = strict.override(config.load(ROOT / "configs" / "ablate" / "legs.yaml"), settings)
+    assert found["config"] == json.loads(json.dumps(strict.to_dict(made)))
+    of = found["arms"]["heal"]["difference"]
+    assert interval(of) in text and ", ".join(f"{100 * x:+.1f}" for x in of["per_seed"]) in text
 
 
 if __name__ == "__main__":
